@@ -1,0 +1,153 @@
+"""The chain end to end with the `smoke` profile, as a user runs it: from the command line, and notebook by notebook."""
+import json, os, shutil, subprocess, sys, time
+from pathlib import Path
+import pandas as pd
+import pytest
+from rlheals import chain
+from rlheals.figures import FIGURES
+from rlheals.profiles import Run
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+
+
+def rlheals(*words, cwd):
+    return subprocess.run([str(BIN/'rlheals'), *map(str, words)], cwd=cwd, capture_output=True, text=True, env=os.environ | dict(HF_HUB_OFFLINE='1'))
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    "A directory in which `smoke` has run."
+    home = tmp_path_factory.mktemp('home')
+    done = rlheals('reproduce', '--profile', 'smoke', cwd=home)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (home/'said').write_text(done.stdout)
+    return home
+
+
+@pytest.fixture
+def run(home): return Run('smoke', root=home/'runs')
+
+
+def stamps(run):
+    "Every file the run is made of, with its time."
+    return {p: p.stat().st_mtime_ns for p in run.dir.rglob('*') if p.is_file() and (p.suffix in ('.parquet', '.png', '.svg', '.csv') or p.name == 'model.safetensors')}
+
+
+def names(run, paths): return {str(p.relative_to(run.dir)).replace('seed0/', '') for p in paths}
+
+
+def test_everything_is_there(home, run):
+    for f in FIGURES:
+        for ext in ('png', 'svg', 'csv', 'json'): assert (run.dir/'figures'/f'{f}.{ext}').stat().st_size > 0
+        record = json.loads((run.dir/'figures'/f'{f}.json').read_text())
+        assert record['profile'] == 'smoke' and record['settings'] == run.config and all(len(h) == 64 for h in record['inputs'].values())
+    assert set(FIGURES) == {'F1', 'F2', 'F3', 'F4', 'F5', 'F6', 'F7', 'F8', 'F10', 'F11'}
+    said = (home/'said').read_text()
+    assert 'rl-000002' in said and 'left' in said
+    assert not list(run.dir.rglob('.*.safetensors')) and not list((run.dir/'.progress').glob('*'))
+
+
+def test_tables_are_tidy(run):
+    c = run.config
+    for name in chain.evaluations(run, 'sft') + chain.evaluations(run, 'rl'):
+        t = run.load(name)
+        assert list(t.columns) == ['task', 'seed', 'stage', 'checkpoint', 'split', 'episode', 'metric', 'value']
+        assert len(t) == 2 * c['eval']['episodes'] * t['metric'].nunique() and t.notna().all(axis=None)
+    losses = run.load('losses')
+    assert set(losses['checkpoint']) == set(c['sft']['checkpoints']) and set(losses['split']) == {'train', 'id', 'ood'}
+    for start in c['rl']['starts']:
+        t = run.load(f'advantages-{start:06d}')
+        assert len(t) == c['rl']['updates'] * c['rl']['envs'] * c['rl']['turns']
+        for _, update in t.groupby('update'):  # normalised per update
+            assert abs(update['normalised'].mean()) < 1e-4 and abs(update['normalised'].std() - 1) < 1e-2
+
+
+def test_training_changes_the_weights(run):
+    from safetensors.torch import load_file
+    last = run.config['sft']['max_steps']
+    a, b, c = (load_file(p/'model.safetensors') for p in (run.checkpoint('sft', 0), run.checkpoint('sft', last), run.checkpoint('rl', last)))
+    assert all((a[n] != b[n]).any() and (b[n] != c[n]).any() for n in a if 'proj' in n)
+
+
+def test_checkpoints_open_with_transformers(run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    path = run.checkpoint('rl', run.config['rl']['starts'][0])
+    assert AutoModelForCausalLM.from_pretrained(path).num_parameters() > 0 and len(AutoTokenizer.from_pretrained(path)) > 0
+
+
+def test_a_second_call_does_nothing(home, run):
+    before = stamps(run)
+    done = rlheals('reproduce', '--profile', 'smoke', cwd=home)
+    assert done.returncode == 0 and 'nothing to do' in done.stdout
+    assert stamps(run) == before
+
+
+@pytest.mark.parametrize('deleted, redone', [
+    ('figures/F3.png', {'figures/F3.png', 'figures/F3.svg', 'figures/F3.csv'}),
+    ('tables/eval-rl-000002.parquet', {'tables/eval-rl-000002.parquet', *(f'figures/{f}.{e}' for f in ('F1', 'F5') for e in ('png', 'svg', 'csv'))}),
+    ('checkpoints/rl-000002', {'checkpoints/rl-000002/model.safetensors', 'tables/rl-000002.parquet', 'tables/advantages-000002.parquet', 'tables/eval-rl-000002.parquet',
+                               *(f'figures/{f}.{e}' for f in ('F1', 'F5', 'F6') for e in ('png', 'svg', 'csv'))}),
+])
+def test_what_is_deleted_is_made_again_and_nothing_else(home, run, deleted, redone):
+    before = stamps(run)
+    tables = {p: p.read_bytes() for p in before if p.suffix == '.parquet'}
+    path = run.dir/deleted if deleted.startswith('figures') else run.path(*deleted.split('/'))
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done = rlheals('reproduce', '--profile', 'smoke', cwd=home)
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = stamps(run)
+    assert set(after) == set(before)
+    assert names(run, (p for p in after if after[p] != before[p])) == redone
+    assert {p: p.read_bytes() for p in tables} == tables  # the same again, to the byte
+
+
+def test_dry_run_lists_jobs_and_makes_none(home):
+    done = rlheals('reproduce', '--profile', 'smoke', '--set', 'rl.updates=3', '--dry-run', cwd=home)
+    assert done.returncode == 0 and 'about' in done.stdout and 'rl' in done.stdout, done.stderr
+    assert not (home/'runs'/'smoke_rl.updates=3'/'seed0').exists()
+
+
+@pytest.mark.parametrize('words, says', [
+    (['--profile', 'smokey'], 'tiny, smoke'), (['--set', 'sft.max_step=20'], 'sft.max_steps'), (['--set', 'rl.updates=many'], 'not a int')])
+def test_wrong_settings_end_at_once(home, words, says):
+    done = rlheals('reproduce', *words, cwd=home)
+    assert done.returncode == 2 and says in done.stderr and 'Traceback' not in done.stderr
+    assert not (home/'runs'/'tiny').exists()
+
+
+def test_a_failing_stage_says_so_and_the_rest_is_kept(home):
+    "A damaged checkpoint: the error names the stage, its log and its notebook; the other jobs go on."
+    run = Run('smoke', ('rl.updates=1',), 0, home/'runs')
+    shutil.copytree(home/'runs'/'smoke', run.dir)
+    path = run.checkpoint('rl', 2)/'model.safetensors'
+    path.write_bytes(b'broken')
+    run.table('eval-rl-000002').unlink(); run.table('eval-rl-000004').unlink()
+    with pytest.raises(chain.ChainError, match='eval-rl-000002 failed'):
+        chain.execute(run, targets=[f'seed0/tables/eval-rl-00000{s}.parquet' for s in (2, 4)], say=lambda line: None)
+    assert not run.table('eval-rl-000002').exists() and run.table('eval-rl-000004').exists()
+
+
+def test_two_runs_do_not_mix(home, run):
+    from filelock import FileLock
+    with FileLock(run.dir/'.lock'):
+        done = rlheals('reproduce', '--profile', 'smoke', cwd=home)
+    assert done.returncode == 1 and 'in use' in done.stderr
+
+
+@pytest.mark.parametrize('notebook, parameters', [
+    ('01_sft', {}), ('02_rl', dict(start=2)), ('03_evaluate', dict(stage='rl', step=2)), ('04_spectra', {}), ('05_surgery', dict(sweep='layers')), ('06_figures', dict(figure='F1'))])
+def test_each_notebook_runs_alone(home, notebook, parameters):
+    flags = [x for k, v in parameters.items() for x in ('-p', k, str(v))]
+    done = subprocess.run([sys.executable, '-m', 'papermill', str(ROOT/'nbs'/'paper'/f'{notebook}.ipynb'), f'{notebook}.out.ipynb', '-p', 'profile', 'smoke', *flags],
+                          cwd=home, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_notebook_alone_makes_what_it_needs(tmp_path):
+    "In an empty directory, the notebook of RL first makes the SFT checkpoints."
+    done = subprocess.run([sys.executable, '-m', 'papermill', str(ROOT/'nbs'/'paper'/'02_rl.ipynb'), 'out.ipynb', '-p', 'profile', 'smoke', '-p', 'start', '2'],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = Run('smoke', root=tmp_path/'runs')
+    assert run.checkpoint('rl', 2).is_dir() and not run.checkpoint('rl', 4).exists()

@@ -1,0 +1,120 @@
+"""The verifier against an independent evaluator, on every solution and on many mutations."""
+import ast, operator, random
+from fractions import Fraction
+import pytest
+from hypothesis import given, settings, strategies as st
+from rlheals.general_points import FACES, RULES, FormulaError, GeneralPoints, all_hands, card_value, parse_answer, parse_formula, solve, split_hands
+
+TASKS = [GeneralPoints('paper'), GeneralPoints('brief')]
+OPS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+def oracle(formula, values, target=24):
+    "Python's own grammar, exact fractions: does the equation hold with each value used once?"
+    left, *right = formula.split('=')
+    if len(right) > 1 or right and right[0].strip() != str(target): return False
+    numbers = []
+
+    def walk(n):
+        if isinstance(n, ast.BinOp) and type(n.op) in OPS: return OPS[type(n.op)](walk(n.left), walk(n.right))
+        if isinstance(n, ast.Constant) and type(n.value) is int: numbers.append(n.value); return Fraction(n.value)
+        raise ValueError
+
+    try: value = walk(ast.parse(left.strip(), mode='eval').body)
+    except (ValueError, SyntaxError, ZeroDivisionError): return False
+    return value == target and sorted(numbers) == sorted(values)
+
+
+def hands(split):
+    for hand in all_hands():
+        if split == 'id' or any(c in FACES for c in hand): yield hand, [card_value(c, RULES[split]) for c in hand]
+
+
+@pytest.mark.parametrize('split', ['id', 'ood'])
+def test_every_solution_of_every_hand_is_accepted(split):
+    n = 0
+    for k, (hand, values) in enumerate(hands(split)):
+        task = TASKS[k % 2]
+        p = task.problem(hand, split)
+        for f in solve(values):
+            v = task.verify(p, task.answer(p, f))
+            assert v.correct and v.reward == 5, (hand, f)
+            n += 1
+    assert n > 300_000
+
+
+def test_solver_finds_what_an_exhaustive_search_finds():
+    "Independent search: combine two numbers at a time."
+    def reach(xs):
+        if len(xs) == 1: return xs[0] == 24
+        return any(reach([r, *(x for k, x in enumerate(xs) if k not in (i, j))])
+                   for i in range(len(xs)) for j in range(len(xs)) if i != j
+                   for r in [xs[i] + xs[j], xs[i] - xs[j], xs[i] * xs[j]] + ([xs[i] / xs[j]] if xs[j] else []))
+    rng = random.Random(0)
+    for _ in range(150):
+        values = [rng.randint(1, 13) for _ in range(4)]
+        assert bool(solve(values)) == reach([Fraction(v) for v in values]), values
+
+
+def mutate(rng, text):
+    i = rng.randrange(len(text))
+    return rng.choice([lambda: text[:i] + text[i + 1:], lambda: text[:i] + rng.choice('0123456789+-*/()=. x') + text[i:],
+                       lambda: text[:i] + rng.choice('0123456789+-*/()') + text[i + 1:], lambda: text[:i] + text[i:][::-1],
+                       lambda: text.replace('24', '25', 1), lambda: text + text])()
+
+
+def test_mutations_are_rejected_exactly():
+    "A mutation is accepted only if the oracle accepts it too; at least 100,000 are rejected."
+    rng, rejected, accepted = random.Random(0), 0, 0
+    pool = [(split, h, v) for split in ('id', 'ood') for h, v in hands(split) if solve(v)]
+    while rejected < 100_000:
+        split, hand, values = rng.choice(pool)
+        task = rng.choice(TASKS)
+        p = task.problem(hand, split)
+        formula = rng.choice(solve(values)) + '=24'
+        for _ in range(rng.randint(1, 3)): formula = mutate(rng, formula) or 'x'
+        text = '{"cards": [%s], "number": %s, "formula": "%s"}' % (', '.join(f'"{c}"' for c in hand), values, formula)
+        correct = task.verify(p, text).correct
+        assert correct == oracle(formula, values), (hand, values, formula)
+        rejected += not correct; accepted += correct
+    assert accepted > 100  # some mutations only swap equals: the test sees both sides
+
+
+@pytest.mark.parametrize('field', ['cards', 'number'])
+def test_a_wrong_field_is_rejected(field):
+    rng = random.Random(0)
+    for _ in range(2000):
+        split = rng.choice(['id', 'ood'])
+        hand = rng.choice(split_hands(split))
+        task = TASKS[0]
+        p = task.problem(hand, split)
+        cards, numbers = list(hand), list(p.data['values'])
+        if field == 'cards': cards[rng.randrange(4)] = rng.choice([c for c in 'A23456789JQK' if c not in hand])
+        else: numbers[rng.randrange(4)] += rng.choice([-1, 1, 20])
+        text = '{"cards": %s, "number": %s, "formula": "%s=24"}' % (str(cards).replace("'", '"'), numbers, solve(p.data['values'])[0])
+        v = task.verify(p, text)
+        assert not v.correct and v.error == field
+
+
+def test_the_trap_of_floating_point():
+    p = TASKS[0].problem(('3', '3', '8', '8'), 'id')
+    for f in ('8/(3-8/3)', '8 / (3 - (8/3)) = 24'):
+        assert TASKS[0].verify(p, '{"cards": ["3","3","8","8"], "number": [3,3,8,8], "formula": "%s"}' % f).correct
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.text(max_size=300) | st.text('0123456789+-*/()= {}[]"cardsnumberformula:,JQKA', max_size=300))
+def test_no_text_breaks_the_verifier(text):
+    p = TASKS[0].problem(('5', 'J', '3', 'A'), 'ood')
+    v = TASKS[0].verify(p, text)
+    assert v.correct or v.reward < 5 and v.reason and v.error in TASKS[0].errors
+    parse_answer(text)
+    try: parse_formula(text)
+    except FormulaError: pass
+
+
+def test_splits_are_disjoint_and_solvable():
+    splits = {s: set(split_hands(s)) for s in ('train', 'id', 'ood', 'id_novel', 'ood_novel')}
+    assert sum(map(len, splits.values())) == len(set.union(*splits.values()))
+    assert all(any(c in FACES for c in h) for h in splits['ood'] | splits['ood_novel'])
+    assert min(len(splits['id']), len(splits['ood'])) >= 234
