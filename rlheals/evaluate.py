@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['METRICS', 'evaluate', 'evaluate_stage']
 
-# %% ../nbs/08_evaluate.ipynb #b2ad5c6e
+# %% ../nbs/08_evaluate.ipynb #9b7b02b9
 from .models import encode, load_model, set_up_torch
 from .ppo import score
 from .profiles import Run
 from .rollout import play
 from .tasks import Task, hash64, problem_set, seeded
 
-# %% ../nbs/08_evaluate.ipynb #c7a8673b
+# %% ../nbs/08_evaluate.ipynb #319b75db
 METRICS = ('success', 'first_try', 'format_error', 'rule_error', 'solving_error', 'tries', 'answer_loss')
 
 def evaluate(
@@ -33,7 +33,7 @@ def evaluate(
         experts = [tokenizer.encode(task.expert(p, rng), add_special_tokens=False) + [tokenizer.eos_token_id] for p in problems]
         contexts = [encode(tokenizer, [task.prompt(p)]) for p in problems]
         with torch.no_grad():
-            logp = torch.cat([score(model, None, contexts[i:i + 64], experts[i:i + 64])[0] for i in range(0, len(problems), 64)]).tolist()
+            logp = score(model, None, contexts, experts)[0].tolist()
         for k, e in enumerate(play(model, tokenizer, task, problems, max_new_tokens, temperature, hash64(seed, split) % 2**31)):
             kind = task.errors.get(e.verdicts[0].error)
             rows.append(dict(split=split, episode=k, success=e.verdicts[-1].correct, first_try=e.verdicts[0].correct,
@@ -42,7 +42,7 @@ def evaluate(
     wide = pd.DataFrame(rows)
     return wide.astype({m: float for m in METRICS}).melt(['split', 'episode'], list(METRICS), 'metric', 'value')
 
-# %% ../nbs/08_evaluate.ipynb #a5122a59
+# %% ../nbs/08_evaluate.ipynb #8d960017
 def evaluate_stage(
     run: Run,
     stage: str,  # `sft` or `rl`
@@ -54,5 +54,4 @@ def evaluate_stage(
     model, tok = load_model(run.checkpoint(stage, step), m['device'], m['dtype'])
     table = evaluate(model, tok, run.task(), **c['eval'], seed=run.seed)
     table.insert(0, 'stage', stage); table.insert(1, 'checkpoint', step)
-    run.save(table, f'eval-{stage}-{step:06d}')
-    return table
+    return run.save(table, f'eval-{stage}-{step:06d}')

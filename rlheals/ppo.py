@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['gae', 'value_head', 'score', 'ppo_loss', 'collect', 'train_ppo', 'rl_stage']
 
-# %% ../nbs/07_ppo.ipynb #4c7594b0
+# %% ../nbs/07_ppo.ipynb #e911cacd
 import math
 from .models import encode, load_model, save_model, set_up_torch
 from .profiles import Run
 from .rollout import Episode, answer_all
 from .tasks import Task, hash64, seeded
 
-# %% ../nbs/07_ppo.ipynb #b25e1c87
+# %% ../nbs/07_ppo.ipynb #1e82dbfb
 def gae(
     rewards,  # (T, N): turns by environments
     values,  # (T + 1, N): value of the prompt before each turn, and of the one after the last
@@ -28,7 +28,7 @@ def gae(
         out[t] = after = delta + gamma * lam * (1 - dones[t]) * after
     return out
 
-# %% ../nbs/07_ppo.ipynb #ee4c1123
+# %% ../nbs/07_ppo.ipynb #18f7217c
 def value_head(
     hidden: int,  # width of the model
 ):
@@ -44,26 +44,33 @@ def score(
     contexts: list[list[int]],  # B prompts
     answers: list[list[int]],  # B answers (may be empty: then only the value means anything)
     temperature: float = 1.,  # the one the answers were sampled at
+    rows: int = 32,  # sequences at a time; those of like length together, which saves padding
 ):
     "(log-probability (B,) summed over the answer, mean entropy (B,) of its tokens, value (B,) or None)."
     import torch
-    from torch.nn.utils.rnn import pad_sequence
-    rows = [torch.tensor(c + a, device=model.device) for c, a in zip(contexts, answers)]
-    ids = pad_sequence(rows, batch_first=True)  # (B, L), padded on the right: causal attention never sees it
-    mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
-    hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # (B, L, h)
-    row = torch.tensor([i for i, a in enumerate(answers) for _ in a], dtype=torch.long, device=model.device)  # (n,)
-    col = torch.tensor([len(c) + j for c, a in zip(contexts, answers) for j in range(len(a))], dtype=torch.long, device=model.device)
-    logits = model.get_output_embeddings()(hidden[row, col - 1]).float() / temperature  # (n, vocabulary): of answer tokens only
-    logp = logits.log_softmax(-1)
-    zeros, n = torch.zeros(len(rows), device=model.device), torch.tensor([max(len(a), 1) for a in answers], device=model.device)
-    total = zeros.index_add(0, row, logp.gather(1, ids[row, col][:, None])[:, 0])
-    entropy = zeros.index_add(0, row, -(logp.exp() * logp).sum(-1)) / n
-    if head is None: return total, entropy, None
-    last = hidden[torch.arange(len(rows)), torch.tensor([len(c) - 1 for c in contexts])]  # (B, h)
-    return total, entropy, head(last.float())[:, 0]
+    order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]) + len(answers[i]))
+    parts = [_score(model, head, [contexts[i] for i in part], [answers[i] for i in part], temperature)
+             for part in (order[lo:lo + rows] for lo in range(0, len(order), rows))]
+    back = torch.tensor(order, device=model.device).argsort()
+    return tuple(torch.cat(p)[back] if p[0] is not None else None for p in zip(*parts))
 
-# %% ../nbs/07_ppo.ipynb #da2bb736
+def _score(model, head, contexts, answers, temperature):
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+    device = model.device
+    rows = [torch.tensor(c + a, device=device) for c, a in zip(contexts, answers)]
+    ids = pad_sequence(rows, batch_first=True)  # (B, L), padded on the right: causal attention never sees it
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, L, h)
+    start, n = (torch.tensor([len(x) for x in xs], device=device) for xs in (contexts, answers))
+    row = torch.repeat_interleave(torch.arange(len(rows), device=device), n)  # (N,): the answers' tokens, one after the other
+    col = torch.arange(len(row), device=device) - (n.cumsum(0) - n)[row] + start[row]
+    logits = model.get_output_embeddings()(hidden[row, col - 1]).float() / temperature  # (N, vocabulary)
+    logp, zeros = logits.log_softmax(-1), torch.zeros(len(rows), device=device)
+    total = zeros.index_add(0, row, logp.gather(1, ids[row, col][:, None])[:, 0])
+    entropy = zeros.index_add(0, row, -(logp.exp() * logp).sum(-1)) / n.clamp(min=1)
+    return total, entropy, None if head is None else head(hidden[torch.arange(len(rows)), start - 1].float())[:, 0]
+
+# %% ../nbs/07_ppo.ipynb #dc98d6c3
 def ppo_loss(
     logp, entropy, value,  # (B,) each, of the policy being trained
     old_logp, advantage, returns,  # (B,) each, of the policy that sampled
@@ -80,7 +87,7 @@ def ppo_loss(
                       clip_fraction=((ratio - 1).abs() > c['clip']).float().mean().item(),
                       approx_kl=(log_ratio.exp() - 1 - log_ratio).mean().item())  # http://joschu.net/blog/kl-approx.html
 
-# %% ../nbs/07_ppo.ipynb #a8615194
+# %% ../nbs/07_ppo.ipynb #110ebd10
 def collect(
     model, head, tokenizer, task: Task,
     episodes: list[Episode],  # one per environment, carried from update to update; finished ones are replaced in place
@@ -102,11 +109,8 @@ def collect(
             if e.done(task): episodes[i] = Episode.start(task, task.sample(rng, 'train'))
     n, after = len(episodes), [encode(tokenizer, e.turns) for e in episodes]
     with torch.no_grad():
-        parts = [score(model, head, contexts[i:i + c['minibatch']], answers[i:i + c['minibatch']], c['temperature'])
-                 for i in range(0, len(contexts), c['minibatch'])]
-        last = torch.cat([score(model, head, after[i:i + c['minibatch']], [[] for _ in after[i:i + c['minibatch']]])[2]
-                          for i in range(0, n, c['minibatch'])])
-    logp, value = torch.cat([p[0] for p in parts]), torch.cat([p[2] for p in parts])
+        logp, _, value = score(model, head, contexts, answers, c['temperature'])
+        last = score(model, head, after, [[]] * n)[2]
     reward, done = (torch.tensor(v, device=value.device) for v in (rewards, dones))  # (T, N)
     advantage = gae(reward, torch.cat([value.view(-1, n), last[None]]), done, c['gamma'], c['lam']).flatten()
     return dict(contexts=contexts, answers=answers, attempt=attempt, correct=correct, logp=logp, value=value,
@@ -158,7 +162,7 @@ def train_ppo(
         progress(update + 1, c['updates'])
     return pd.DataFrame(log), pd.concat(actions, ignore_index=True)
 
-# %% ../nbs/07_ppo.ipynb #91a40003
+# %% ../nbs/07_ppo.ipynb #d736abcc
 def rl_stage(
     run: Run,
     start: int,  # the SFT checkpoint to start from

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TINY', 'PROFILES', 'EDITS', 'load_profile', 'run_name', 'Run']
 
-# %% ../nbs/04_profiles.ipynb #54c6f382
+# %% ../nbs/04_profiles.ipynb #b9d762af
 import copy, difflib, json, re
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +13,7 @@ from pathlib import Path
 from .models import complete
 from .tasks import hash64, load_task
 
-# %% ../nbs/04_profiles.ipynb #6a2be83e
+# %% ../nbs/04_profiles.ipynb #9be22e3c
 TINY = dict(
     model=dict(
         name='tiny',  # `tiny`, a directory, or a name on the hub
@@ -23,22 +23,22 @@ TINY = dict(
         style='brief',  # wording of the prompt: `brief` or `paper`
         tries=2),  # answers per episode (paper: 5)
     sft=dict(
-        examples=3000,  # a fixed set, seen again and again
-        test_examples=256,  # problems for the loss on `id` and `ood`
-        max_steps=1024,
+        examples=12000,  # pairs of a hand and one of its solutions
+        test_examples=128,  # problems for the loss on `id` and `ood`
+        max_steps=640,
         batch_size=64,
-        learning_rate=4e-4,  # paper: 1e-6, for models 10,000 times larger
+        learning_rate=1e-3,  # paper: 1e-6, for models 10,000 times larger
         schedule='constant_with_warmup',  # paper: cosine
         warmup_steps=16,
         weight_decay=0.,
-        checkpoints=[0, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024],
+        checkpoints=[0, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640],
         threads=2),
     rl=dict(
-        starts=[32, 64, 128, 192, 256, 384, 512, 768, 1024],  # SFT checkpoints that RL starts from
-        updates=20,
+        starts=[32, 64, 128, 192, 256, 384, 512, 640],  # SFT checkpoints that RL starts from
+        updates=15,
         envs=128,  # episodes generated side by side
         turns=2,  # answers per episode and update; envs x turns = environment steps per update (paper: 256)
-        epochs=4,
+        epochs=2,  # paper: 4
         minibatch=64,  # paper: 128
         learning_rate=1e-4,  # paper: 1e-6 to 1e-9
         schedule='cosine',
@@ -82,7 +82,7 @@ PROFILES = dict(
         surgery=dict(ranks=[.5, 1.], blocks=2, edits=['directions', 'values'])),
 )
 
-# %% ../nbs/04_profiles.ipynb #b62c17e1
+# %% ../nbs/04_profiles.ipynb #6a196b34
 EDITS = ('directions', 'both', 'values', 'interpolation', 'matched', 'random')  # what surgery can put back; see its chapter
 
 def _parse(key, text, default):  # text -> a value of the default's type
@@ -144,7 +144,7 @@ def load_profile(
     _check(c)
     return c
 
-# %% ../nbs/04_profiles.ipynb #2bacc954
+# %% ../nbs/04_profiles.ipynb #5003b6f7
 def run_name(profile: str, changes=()) -> str:
     "The directory name of a run: the profile, and what was changed (hashed when that grows long)."
     default, c = load_profile(profile), load_profile(profile, changes)
@@ -190,10 +190,11 @@ class Run:
         return load_task(self.config['task']['name'], **{k: v for k, v in self.config['task'].items() if k != 'name'})
 
     def save(self, table, name: str):
-        "Write a table: with the columns `task` and `seed` in front, atomically."
+        "Write a table, with the columns `task` and `seed` in front, and return it so."
         table = table.drop(columns=['task', 'seed'], errors='ignore')
         table.insert(0, 'task', self.config['task']['name']); table.insert(1, 'seed', self.seed)
         with complete(self.table(name)) as tmp: table.to_parquet(tmp, index=False)
+        return table
 
     def load(self, *names: str):
         "Read tables and put them one under the other."

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Episode', 'answer_all', 'play']
 
-# %% ../nbs/06_rollout.ipynb #1f0513d9
+# %% ../nbs/06_rollout.ipynb #533405c6
 from dataclasses import dataclass, field
 from .models import encode, generate
 from .tasks import Problem, Task, Verdict
 
-# %% ../nbs/06_rollout.ipynb #ede74f64
+# %% ../nbs/06_rollout.ipynb #fafccf89
 @dataclass
 class Episode:
     "One problem and what was said about it so far."
@@ -32,7 +32,7 @@ class Episode:
         "Is the problem solved, or are the tries used up?"
         return bool(self.verdicts) and (self.verdicts[-1].correct or len(self.verdicts) >= task.tries)
 
-# %% ../nbs/06_rollout.ipynb #d3e04961
+# %% ../nbs/06_rollout.ipynb #c8c5158e
 def answer_all(
     model,
     tokenizer,

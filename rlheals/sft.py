@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['expert_dataset', 'train_sft', 'sft_stage']
 
-# %% ../nbs/05_sft.ipynb #4c829b0d
+# %% ../nbs/05_sft.ipynb #7149f74c
 import tempfile
 from .models import load_model, save_model, set_up_torch
 from .profiles import Run
 from .tasks import Task, hash64, problem_set, seeded
 
-# %% ../nbs/05_sft.ipynb #d55fd585
+# %% ../nbs/05_sft.ipynb #cb2a9aa1
 def expert_dataset(
     task: Task,
     split: str,  # `train`, `id` or `ood`
@@ -27,7 +27,7 @@ def expert_dataset(
     as_turn = lambda role, text: [dict(role=role, content=text)] if chat else text
     return Dataset.from_dict(dict(prompt=[as_turn('user', p) for p, _ in rows], completion=[as_turn('assistant', a) for _, a in rows]))
 
-# %% ../nbs/05_sft.ipynb #7444b797
+# %% ../nbs/05_sft.ipynb #8ea11a24
 def train_sft(
     model,
     tokenizer,
@@ -69,7 +69,7 @@ def train_sft(
         trainer.train()
     return pd.DataFrame(rows)
 
-# %% ../nbs/05_sft.ipynb #e37e9cfa
+# %% ../nbs/05_sft.ipynb #15b28574
 def sft_stage(
     run: Run,
     progress=lambda done, total: None,
@@ -84,5 +84,4 @@ def sft_stage(
     tests = dict(train=train.select(range(min(len(train), c['test_examples'])))) | tests
     losses = train_sft(model, tok, train, tests, c, hash64(run.seed, 'sft') % 2**31,
                        lambda step, m: save_model(m, tok, run.checkpoint('sft', step)), progress)
-    run.save(losses, 'losses')
-    return losses
+    return run.save(losses, 'losses')

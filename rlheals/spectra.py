@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'Matrix', 'parse_name', 'matrices', 'finite', 'read', 'weights', 'check_same', 'full_precision', 'svd',
            'principal_angles', 'subspace_distance', 'rank_of_share', 'spectra_table', 'angles_table', 'spectra_stage']
 
-# %% ../nbs/10_spectra.ipynb #acf62068
+# %% ../nbs/10_spectra.ipynb #450bd056
 import json, re
 from collections import namedtuple
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from .models import pick_device, set_up_torch
 from .profiles import Run
 from .stats import landmarks
 
-# %% ../nbs/10_spectra.ipynb #6f78ff37
+# %% ../nbs/10_spectra.ipynb #285cdcad
 KINDS = ('q_proj', 'k_proj', 'v_proj', 'down_proj')  # the matrices that the paper analyses
 
 def parse_name(
@@ -26,7 +26,7 @@ def parse_name(
     if m := re.search(r'(?:^|\.)layers\.(\d+)\.(?:[\w.]+\.)?(\w+)\.weight$', name): return int(m[1]), m[2]
     if m := re.search(r'(?:^|\.)(embed_tokens|lm_head)\.weight$', name): return None, m[1]
 
-# %% ../nbs/10_spectra.ipynb #bc51f2a7
+# %% ../nbs/10_spectra.ipynb #aadebaa9
 Matrix = namedtuple('Matrix', 'name layer kind shape file')  # where one matrix of a checkpoint lies
 
 def _files(path):  # the safetensors files of a checkpoint
@@ -78,7 +78,7 @@ def weights(
     "Yield (name, layer, kind, float32 tensor) for the 2-D weights of a checkpoint, one in memory at a time."
     for m in matrices(path, kinds).values(): yield m.name, m.layer, m.kind, read(m)
 
-# %% ../nbs/10_spectra.ipynb #b30232f1
+# %% ../nbs/10_spectra.ipynb #08d2f6a6
 def check_same(
     shapes: dict,  # label of a checkpoint -> {name of a matrix: shape}
 ):
@@ -95,7 +95,7 @@ def _catalogues(paths, kinds):  # path -> the same matrices in each
     if out: check_same({p: {n: m.shape for n, m in c.items()} for p, c in out.items()})
     return out
 
-# %% ../nbs/10_spectra.ipynb #5dba3dc6
+# %% ../nbs/10_spectra.ipynb #874d7d90
 @contextmanager
 def full_precision():
     "Matrix products in full float32 within this block, whatever precision training has set."
@@ -114,7 +114,7 @@ def svd(
     import torch
     return tuple(torch.linalg.svd(W.to(getattr(torch, dtype)), full_matrices=False))
 
-# %% ../nbs/10_spectra.ipynb #28f6da52
+# %% ../nbs/10_spectra.ipynb #32a4ef8b
 @full_precision()
 def principal_angles(
     A,  # (m, p), orthonormal columns
@@ -135,7 +135,7 @@ def subspace_distance(
     "Projection distance `|AA^T - BB^T|_F / sqrt(2k)`: the root mean square of the angles' sines (Edelman, Arias & Smith 1998, section 4.3, over its bound sqrt(k))."
     return principal_angles(A, B).deg2rad().sin().square().mean().sqrt().item()
 
-# %% ../nbs/10_spectra.ipynb #fa7eb55f
+# %% ../nbs/10_spectra.ipynb #d369a8c7
 def rank_of_share(
     share: float,  # 0 to 1
     rank: int,  # full rank
@@ -181,7 +181,7 @@ def angles_table(
                     rows.append(pd.DataFrame(dict(pair=label, layer=m.layer, kind=m.kind, side=side, k=k, index=range(k), value=angles)))
     return pd.concat(rows, ignore_index=True).astype(dict(layer='Int64'))
 
-# %% ../nbs/10_spectra.ipynb #b9fcf380
+# %% ../nbs/10_spectra.ipynb #a026014c
 def spectra_stage(run: Run):
     "The spectra of a run: writes the tables `spectra` and `angles`."
     c, m = run.config, run.config['model']
@@ -191,5 +191,4 @@ def spectra_stage(run: Run):
     pairs = {f'{stage}: {a} vs {b}': (at[a], at[b]) for stage, a, b in (('SFT', 'end', 'base'), ('SFT', 'max_ood', 'base'), ('SFT', 'end', 'max_ood'), ('RL', 'rl_end', 'end'))}
     device = pick_device(m['device'])
     spectra, angles = spectra_table(at, dtype='float64', device=device), angles_table(pairs, shares=c['spectra']['shares'], dtype='float64', device=device)
-    for table, name in ((spectra, 'spectra'), (angles, 'angles')): run.save(table, name)
-    return spectra, angles
+    return run.save(spectra, 'spectra'), run.save(angles, 'angles')

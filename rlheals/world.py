@@ -6,13 +6,13 @@
 __all__ = ['WORDS', 'MIXES', 'PRETRAINING', 'world_tokenizer', 'random_rule', 'known_formulas', 'document', 'batches', 'pretrain',
            'examine', 'compare']
 
-# %% ../nbs/03_world.ipynb #9b92bc8d
+# %% ../nbs/03_world.ipynb #6e0a221c
 import random, time
 from functools import lru_cache
 from .general_points import FACES, RANKS, GeneralPoints, card_value, is_novel, parse_formula, solve, split_hands, RULES, SHAPES, FormulaError
 from .models import attention, encode, generate, set_up_torch
 
-# %% ../nbs/03_world.ipynb #317a76b2
+# %% ../nbs/03_world.ipynb #33d1899a
 WORDS = [*RANKS, '1', '11', '12', '13', '24', *'+-*/()=[]{}:', 'cards', 'number', 'formula', 'format', 'result',
          'play', 'rule', 'solve', 'read', 'make', 'write', 'so', 'wrong']
 
@@ -27,7 +27,7 @@ def world_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', bos_token='<bos>', eos_token='<eos>', unk_token='<unk>',
                                    padding_side='left', model_max_length=512)
 
-# %% ../nbs/03_world.ipynb #4504894f
+# %% ../nbs/03_world.ipynb #a140500f
 MIXES = {  # share of each kind of document; the first mix is for the first `switch` of the steps
     'early': dict(solve=.7, read=.3),
     'late': dict(solve=.2, make=.5, write=.25, read=.05),
@@ -90,7 +90,7 @@ def document(
     has = dict(cards=f'cards [ {words(cards)} ]', number=f'number [ {words(values)} ]')
     return [(f"write {words(fields)} {shown}", False), (f"{{ {words(has[f] for f in fields)} }}", True)]
 
-# %% ../nbs/03_world.ipynb #51d11898
+# %% ../nbs/03_world.ipynb #69285a83
 PRETRAINING = dict(steps=16000, batch=64, lr=2e-3, warmup=.05, switch=.6, weight_decay=.01, threads=2, seed=0,
                    hidden_size=128, layers=4, heads=4, mlp=384)
 
@@ -153,7 +153,7 @@ def pretrain(
                   versions=dict(torch=torch.__version__, transformers=transformers.__version__))
     return model.eval(), tok, record
 
-# %% ../nbs/03_world.ipynb #4a7df533
+# %% ../nbs/03_world.ipynb #7e03d8ca
 def examine(
     model,
     tokenizer,
@@ -178,7 +178,7 @@ def examine(
         out[split] = {k: round(sum(v) / len(v), 4) for k, v in scores.items()}
     return out
 
-# %% ../nbs/03_world.ipynb #c9fdf5c7
+# %% ../nbs/03_world.ipynb #90f60925
 def compare(a, b):
     "How far two models are apart, per weight matrix: relative Frobenius distance and largest difference."
     import pandas as pd
