@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['app', 'reproduce', 'pretrain', 'test', 'readme']
 
-# %% ../nbs/16_cli.ipynb #6a6421ad
+# %% ../nbs/16_cli.ipynb #2fbb2468
 import os, subprocess, sys
 from pathlib import Path
 from typing import Annotated
 import typer
 
-# %% ../nbs/16_cli.ipynb #6bba0abd
+# %% ../nbs/16_cli.ipynb #7ebc5bf4
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False,
                   help='A reproducible companion to the paper "RL Fine-Tuning Heals OOD Forgetting in SFT".')
 
@@ -19,7 +19,7 @@ def _fail(error):  # what is wrong with the input is said in a sentence, without
     typer.secho(f'error: {error}', fg='red', err=True)
     raise typer.Exit(2)
 
-# %% ../nbs/16_cli.ipynb #c404d5b6
+# %% ../nbs/16_cli.ipynb #d1c9246d
 @app.command()
 def reproduce(
     profile: Annotated[str, typer.Option(help='What to run: tiny (all figures, in minutes) or smoke (shows that the chain runs).')] = 'tiny',
@@ -56,7 +56,7 @@ def _dry_run(run, seeds, cores, console):
     console.print(table)
     console.print(f'about {chain.clock(chain.makespan(jobs, run.config, cores))} (minutes:seconds) on {cores} cores')
 
-# %% ../nbs/16_cli.ipynb #48824af4
+# %% ../nbs/16_cli.ipynb #b7d39dc7
 @app.command()
 def pretrain(
     steps: Annotated[int, typer.Option(help='Pretraining steps (0: as for the model that ships).', min=0)] = 0,

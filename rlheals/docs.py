@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['readme', 'reading']
 
-# %% ../nbs/15_docs.ipynb #265a7dd0
+# %% ../nbs/15_docs.ipynb #b0a4d8ee
 import re
 from pathlib import Path
 
-# %% ../nbs/15_docs.ipynb #653cae83
+# %% ../nbs/15_docs.ipynb #71158621
 def readme(
     index,  # path of `index.ipynb`
 ) -> str:
@@ -27,7 +27,7 @@ def readme(
     text = re.sub(r'(\]\(|src=")([^)"]+)(\)|")', seen_from_top, text)
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
-# %% ../nbs/15_docs.ipynb #0021a5ea
+# %% ../nbs/15_docs.ipynb #8b6727df
 def reading(
     folder,  # with the tables behind the figures (`F1.csv`, `F5.csv`)
 ) -> str:

@@ -6,7 +6,7 @@
 __all__ = ['RANKS', 'FACES', 'RULES', 'SHAPES', 'OPS', 'SPLITS', 'card_value', 'solve', 'all_hands', 'FormulaError',
            'parse_formula', 'parse_answer', 'is_novel', 'split_hands', 'can_complete', 'GeneralPoints']
 
-# %% ../nbs/01_general_points.ipynb #fe348ad2
+# %% ../nbs/01_general_points.ipynb #38f743af
 import re
 from fractions import Fraction
 from functools import lru_cache
@@ -14,7 +14,7 @@ from itertools import combinations_with_replacement, permutations, product
 import numpy as np
 from .tasks import Problem, Task, Verdict, hash64
 
-# %% ../nbs/01_general_points.ipynb #20c0e8bb
+# %% ../nbs/01_general_points.ipynb #87de3e34
 RANKS = ('A', *map(str, range(2, 11)), 'J', 'Q', 'K')
 FACES = ('J', 'Q', 'K')
 RULES = {'id': dict(J=10, Q=10, K=10), 'ood': dict(J=11, Q=12, K=13)}  # what the face cards count
@@ -26,7 +26,7 @@ def card_value(
     "What a card counts under a rule."
     return 1 if card == 'A' else rule[card] if card in rule else int(card)
 
-# %% ../nbs/01_general_points.ipynb #13d16941
+# %% ../nbs/01_general_points.ipynb #a5f0371a
 SHAPES = ('(({}{}{}){}{}){}{}', '({}{}({}{}{})){}{}', '({}{}{}){}({}{}{})', '{}{}(({}{}{}){}{})', '{}{}({}{}({}{}{}))')
 OPS = np.array(list(product(range(4), repeat=3)))  # (64, 3) indices into '+-*/'
 
@@ -67,7 +67,7 @@ def all_hands() -> list[tuple[str, ...]]:
     "All 1,820 hands of four cards (suits do not matter), each in the order of `RANKS`."
     return list(combinations_with_replacement(RANKS, 4))
 
-# %% ../nbs/01_general_points.ipynb #b8981d4f
+# %% ../nbs/01_general_points.ipynb #9449e446
 class FormulaError(ValueError):
     "A formula that cannot be read: the message says why."
 
@@ -123,7 +123,7 @@ def parse_formula(
     if i < len(tokens): raise FormulaError(f'{tokens[i]!r} is out of place')
     return value, numbers
 
-# %% ../nbs/01_general_points.ipynb #8afd6f7e
+# %% ../nbs/01_general_points.ipynb #a61330d0
 _FIELDS = re.compile(r'''cards?["']?\s*:?\s*\[(?P<cards>[^][{}]*)\][\s,]*
                          ["']?numbers?["']?\s*:?\s*\[(?P<number>[^][{}]*)\][\s,]*
                          ["']?formula["']?\s*:?\s*(?P<formula>[^{}]*)\}''', re.X)
@@ -136,7 +136,7 @@ def parse_answer(
     words = lambda s: re.findall(r'''[^\s,"']+''', s)
     return dict(cards=words(m['cards']), number=words(m['number']), formula=m['formula'].strip(''' "',\n\t'''))
 
-# %% ../nbs/01_general_points.ipynb #48c48564
+# %% ../nbs/01_general_points.ipynb #e45eac55
 SPLITS = ('train', 'id', 'ood', 'ood_dev', 'id_novel', 'ood_novel')
 
 def _uniform(*what): return hash64(*what) / 2**64
@@ -160,7 +160,7 @@ def split_hands(split: str) -> tuple[tuple[str, ...], ...]:
         if home == split.removesuffix('_novel') and is_novel(values) == split.endswith('_novel') and solve(values): out.append(hand)
     return tuple(out)
 
-# %% ../nbs/01_general_points.ipynb #e0119711
+# %% ../nbs/01_general_points.ipynb #3e278b22
 def can_complete(
     value: Fraction,  # what the formula so far comes to
     rest: list[int],  # the numbers not used yet
@@ -184,7 +184,7 @@ def _without(have, used):  # the multiset `have` minus `used`, or None if `used`
         rest.remove(x)
     return rest
 
-# %% ../nbs/01_general_points.ipynb #8437688e
+# %% ../nbs/01_general_points.ipynb #8daf98fb
 class GeneralPoints(Task):
     "Combine four cards to 24; the face cards count 10 (ID) or 11, 12, 13 (OOD)."
     name = 'general_points'

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ASSETS', 'complete', 'pick_device', 'attention', 'load_model', 'save_model', 'set_up_torch', 'encode', 'generate']
 
-# %% ../nbs/02_models.ipynb #5050873b
+# %% ../nbs/02_models.ipynb #62e7d483
 import os, shutil, uuid
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../nbs/02_models.ipynb #5799881e
+# %% ../nbs/02_models.ipynb #8b31bd6a
 @contextmanager
 def complete(
     path,  # the file or directory to make
@@ -26,7 +26,7 @@ def complete(
         if tmp.is_dir(): shutil.rmtree(tmp, ignore_errors=True)
         else: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/02_models.ipynb #abb0d443
+# %% ../nbs/02_models.ipynb #2b52ef8f
 ASSETS = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../rlheals/assets').resolve()
 
 def pick_device(
@@ -67,7 +67,7 @@ def save_model(model, tokenizer, path):
         model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
 
-# %% ../nbs/02_models.ipynb #905e75b8
+# %% ../nbs/02_models.ipynb #1fa3b587
 def set_up_torch(
     threads: int = 1,
     matmul_precision: str = 'medium',  # see `torch.set_float32_matmul_precision`
@@ -83,7 +83,7 @@ def set_up_torch(
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs two thirds of a training step
     if seed is not None: torch.manual_seed(seed)
 
-# %% ../nbs/02_models.ipynb #c0350d12
+# %% ../nbs/02_models.ipynb #1ff1d910
 def encode(
     tokenizer,
     turns: list[str],  # what was said so far: prompt, answer, follow-up, answer, follow-up ...

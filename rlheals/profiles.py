@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TINY', 'PROFILES', 'EDITS', 'load_profile', 'run_name', 'Run']
 
-# %% ../nbs/04_profiles.ipynb #b9d762af
+# %% ../nbs/04_profiles.ipynb #a82022ec
 import copy, difflib, json, re
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,11 +13,12 @@ from pathlib import Path
 from .models import complete
 from .tasks import hash64, load_task
 
-# %% ../nbs/04_profiles.ipynb #9be22e3c
+# %% ../nbs/04_profiles.ipynb #c293fa38
 TINY = dict(
     model=dict(
         name='tiny',  # `tiny`, a directory, or a name on the hub
-        device='auto', dtype='float32'),
+        device='auto', dtype='float32',
+        max_new_tokens=40),  # longest answer
     task=dict(
         name='general_points',
         style='brief',  # wording of the prompt: `brief` or `paper`
@@ -55,13 +56,13 @@ TINY = dict(
     eval=dict(
         episodes=234,  # per split, as in the paper
         temperature=.2,
-        max_new_tokens=40,
+        per_job=4,  # checkpoints evaluated by one job
         threads=1),
     spectra=dict(
         shares=[.25, .5],  # k of the top-k subspaces, as shares of the full rank
         threads=1),
     surgery=dict(
-        ranks=[.1, .25, .5, .75, 1.],  # top shares of the directions put back
+        ranks=[.25, .5, .75, 1.],  # top shares of the directions put back
         blocks=4,  # equal blocks of layers
         edits=['directions', 'both', 'values', 'interpolation', 'random'],
         threads=1),
@@ -78,11 +79,11 @@ PROFILES = dict(
         task=dict(tries=2),
         sft=dict(examples=64, test_examples=16, max_steps=4, batch_size=8, warmup_steps=1, checkpoints=[0, 1, 2, 4]),
         rl=dict(starts=[2, 4], updates=2, envs=8, epochs=1, minibatch=8),
-        eval=dict(episodes=8),
+        eval=dict(episodes=8, per_job=2),
         surgery=dict(ranks=[.5, 1.], blocks=2, edits=['directions', 'values'])),
 )
 
-# %% ../nbs/04_profiles.ipynb #6a196b34
+# %% ../nbs/04_profiles.ipynb #1369d395
 EDITS = ('directions', 'both', 'values', 'interpolation', 'matched', 'random')  # what surgery can put back; see its chapter
 
 def _parse(key, text, default):  # text -> a value of the default's type
@@ -102,7 +103,7 @@ def _check(c):
         section, name = key.split('.')
         if not ok: raise ValueError(f'{key}={c[section][name]!r} does not work: it must be {rule}')
     counts = ('task.tries', 'sft.examples', 'sft.test_examples', 'sft.max_steps', 'sft.batch_size', 'sft.threads', 'rl.updates',
-              'rl.envs', 'rl.turns', 'rl.epochs', 'rl.minibatch', 'rl.threads', 'eval.episodes', 'eval.max_new_tokens',
+              'rl.envs', 'rl.turns', 'rl.epochs', 'rl.minibatch', 'rl.threads', 'eval.episodes', 'model.max_new_tokens', 'eval.per_job',
               'eval.threads', 'spectra.threads', 'surgery.blocks', 'surgery.threads')
     for key in counts: s, n = key.split('.'); need(c[s][n] >= 1, key, 'at least 1')
     for key in ('sft.learning_rate', 'rl.learning_rate', 'rl.value_learning_rate', 'rl.temperature', 'rl.clip', 'rl.max_grad_norm', 'rl.adam_eps'):
@@ -116,6 +117,8 @@ def _check(c):
     need(bool(c['rl']['starts']), 'rl.starts', 'one or more of sft.checkpoints')
     need(c['rl']['envs'] * c['rl']['turns'] >= c['rl']['minibatch'], 'rl.minibatch', f"at most rl.envs * rl.turns = {c['rl']['envs'] * c['rl']['turns']}")
     need(set(c['surgery']['edits']) <= set(EDITS) and 'directions' in c['surgery']['edits'], 'surgery.edits', f"'directions' and any of {', '.join(EDITS)}")
+    name = c['model']['name']
+    need(name == 'tiny' or Path(name).is_dir() or re.fullmatch(r'[\w.-]+/[\w.-]+', name), 'model.name', "'tiny', a directory, or a name on the hub like 'Qwen/Qwen2.5-7B-Instruct'")
     load_task(c['task']['name'], **{k: v for k, v in c['task'].items() if k != 'name'})
 
 def load_profile(
@@ -144,7 +147,7 @@ def load_profile(
     _check(c)
     return c
 
-# %% ../nbs/04_profiles.ipynb #5003b6f7
+# %% ../nbs/04_profiles.ipynb #55023521
 def run_name(profile: str, changes=()) -> str:
     "The directory name of a run: the profile, and what was changed (hashed when that grows long)."
     default, c = load_profile(profile), load_profile(profile, changes)
@@ -182,7 +185,7 @@ class Run:
         return self.path('checkpoints', f'{stage}-{step:06d}')
 
     def table(self, name: str) -> Path:
-        "The path of a table, like `eval-sft-000128`."
+        "The path of a table, like `eval-sft-00`."
         return self.path('tables', f'{name}.parquet')
 
     def task(self):

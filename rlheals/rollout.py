@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Episode', 'answer_all', 'play']
 
-# %% ../nbs/06_rollout.ipynb #533405c6
+# %% ../nbs/06_rollout.ipynb #19002482
 from dataclasses import dataclass, field
 from .models import encode, generate
 from .tasks import Problem, Task, Verdict
 
-# %% ../nbs/06_rollout.ipynb #fafccf89
+# %% ../nbs/06_rollout.ipynb #14743ee0
 @dataclass
 class Episode:
     "One problem and what was said about it so far."
@@ -32,7 +32,7 @@ class Episode:
         "Is the problem solved, or are the tries used up?"
         return bool(self.verdicts) and (self.verdicts[-1].correct or len(self.verdicts) >= task.tries)
 
-# %% ../nbs/06_rollout.ipynb #c8c5158e
+# %% ../nbs/06_rollout.ipynb #dfd7bb02
 def answer_all(
     model,
     tokenizer,

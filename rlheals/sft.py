@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['expert_dataset', 'train_sft', 'sft_stage']
 
-# %% ../nbs/05_sft.ipynb #7149f74c
+# %% ../nbs/05_sft.ipynb #d9e1b49d
 import tempfile
 from .models import load_model, save_model, set_up_torch
 from .profiles import Run
 from .tasks import Task, hash64, problem_set, seeded
 
-# %% ../nbs/05_sft.ipynb #cb2a9aa1
+# %% ../nbs/05_sft.ipynb #b350f091
 def expert_dataset(
     task: Task,
     split: str,  # `train`, `id` or `ood`
@@ -27,7 +27,7 @@ def expert_dataset(
     as_turn = lambda role, text: [dict(role=role, content=text)] if chat else text
     return Dataset.from_dict(dict(prompt=[as_turn('user', p) for p, _ in rows], completion=[as_turn('assistant', a) for _, a in rows]))
 
-# %% ../nbs/05_sft.ipynb #8ea11a24
+# %% ../nbs/05_sft.ipynb #fddae76c
 def train_sft(
     model,
     tokenizer,
@@ -69,7 +69,7 @@ def train_sft(
         trainer.train()
     return pd.DataFrame(rows)
 
-# %% ../nbs/05_sft.ipynb #15b28574
+# %% ../nbs/05_sft.ipynb #0bba67e4
 def sft_stage(
     run: Run,
     progress=lambda done, total: None,

@@ -6,16 +6,17 @@
 __all__ = ['KINDS', 'Matrix', 'parse_name', 'matrices', 'finite', 'read', 'weights', 'check_same', 'full_precision', 'svd',
            'principal_angles', 'subspace_distance', 'rank_of_share', 'spectra_table', 'angles_table', 'spectra_stage']
 
-# %% ../nbs/10_spectra.ipynb #450bd056
+# %% ../nbs/10_spectra.ipynb #0d7bfdd8
 import json, re
 from collections import namedtuple
 from contextlib import contextmanager
 from pathlib import Path
+from .evaluate import evaluation_parts
 from .models import pick_device, set_up_torch
 from .profiles import Run
 from .stats import landmarks
 
-# %% ../nbs/10_spectra.ipynb #285cdcad
+# %% ../nbs/10_spectra.ipynb #77e9d26d
 KINDS = ('q_proj', 'k_proj', 'v_proj', 'down_proj')  # the matrices that the paper analyses
 
 def parse_name(
@@ -26,7 +27,7 @@ def parse_name(
     if m := re.search(r'(?:^|\.)layers\.(\d+)\.(?:[\w.]+\.)?(\w+)\.weight$', name): return int(m[1]), m[2]
     if m := re.search(r'(?:^|\.)(embed_tokens|lm_head)\.weight$', name): return None, m[1]
 
-# %% ../nbs/10_spectra.ipynb #aadebaa9
+# %% ../nbs/10_spectra.ipynb #13714757
 Matrix = namedtuple('Matrix', 'name layer kind shape file')  # where one matrix of a checkpoint lies
 
 def _files(path):  # the safetensors files of a checkpoint
@@ -78,7 +79,7 @@ def weights(
     "Yield (name, layer, kind, float32 tensor) for the 2-D weights of a checkpoint, one in memory at a time."
     for m in matrices(path, kinds).values(): yield m.name, m.layer, m.kind, read(m)
 
-# %% ../nbs/10_spectra.ipynb #08d2f6a6
+# %% ../nbs/10_spectra.ipynb #36f263fc
 def check_same(
     shapes: dict,  # label of a checkpoint -> {name of a matrix: shape}
 ):
@@ -95,7 +96,7 @@ def _catalogues(paths, kinds):  # path -> the same matrices in each
     if out: check_same({p: {n: m.shape for n, m in c.items()} for p, c in out.items()})
     return out
 
-# %% ../nbs/10_spectra.ipynb #874d7d90
+# %% ../nbs/10_spectra.ipynb #921dd641
 @contextmanager
 def full_precision():
     "Matrix products in full float32 within this block, whatever precision training has set."
@@ -114,7 +115,7 @@ def svd(
     import torch
     return tuple(torch.linalg.svd(W.to(getattr(torch, dtype)), full_matrices=False))
 
-# %% ../nbs/10_spectra.ipynb #32a4ef8b
+# %% ../nbs/10_spectra.ipynb #4fa43911
 @full_precision()
 def principal_angles(
     A,  # (m, p), orthonormal columns
@@ -135,7 +136,7 @@ def subspace_distance(
     "Projection distance `|AA^T - BB^T|_F / sqrt(2k)`: the root mean square of the angles' sines (Edelman, Arias & Smith 1998, section 4.3, over its bound sqrt(k))."
     return principal_angles(A, B).deg2rad().sin().square().mean().sqrt().item()
 
-# %% ../nbs/10_spectra.ipynb #d369a8c7
+# %% ../nbs/10_spectra.ipynb #53d498b1
 def rank_of_share(
     share: float,  # 0 to 1
     rank: int,  # full rank
@@ -181,12 +182,12 @@ def angles_table(
                     rows.append(pd.DataFrame(dict(pair=label, layer=m.layer, kind=m.kind, side=side, k=k, index=range(k), value=angles)))
     return pd.concat(rows, ignore_index=True).astype(dict(layer='Int64'))
 
-# %% ../nbs/10_spectra.ipynb #a026014c
+# %% ../nbs/10_spectra.ipynb #f0d79fd6
 def spectra_stage(run: Run):
     "The spectra of a run: writes the tables `spectra` and `angles`."
     c, m = run.config, run.config['model']
     set_up_torch(c['spectra']['threads'])
-    mark = landmarks(run.load(*(f'eval-sft-{s:06d}' for s in c['sft']['checkpoints'])))
+    mark = landmarks(run.load(*evaluation_parts(run, 'sft')))
     at = dict(base=run.checkpoint('sft', 0), max_ood=run.checkpoint('sft', mark['max_ood']), end=run.checkpoint('sft', mark['end']), rl_end=run.checkpoint('rl', mark['end']))
     pairs = {f'{stage}: {a} vs {b}': (at[a], at[b]) for stage, a, b in (('SFT', 'end', 'base'), ('SFT', 'max_ood', 'base'), ('SFT', 'end', 'max_ood'), ('RL', 'rl_end', 'end'))}
     device = pick_device(m['device'])

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['KINDS', 'episode_interval', 'interval', 'summarise', 'differences', 'landmarks']
 
-# %% ../nbs/09_stats.ipynb #c6480c1f
+# %% ../nbs/09_stats.ipynb #a70ade00
 import numpy as np
 
-# %% ../nbs/09_stats.ipynb #825444e6
+# %% ../nbs/09_stats.ipynb #4b6dc501
 KINDS = ('rate', 'mean', 'difference')
 
 def episode_interval(
@@ -30,7 +30,7 @@ def episode_interval(
     mean, error = values.mean(), stats.sem(values)
     return stats.t.interval(level, n - 1, mean, error) if error > 0 else (mean, mean)
 
-# %% ../nbs/09_stats.ipynb #85381969
+# %% ../nbs/09_stats.ipynb #4efda29d
 def interval(
     samples: list,  # per seed, its episodes' values
     kind: str = 'mean',  # one of `KINDS`
@@ -50,7 +50,7 @@ def interval(
     alone = episode_interval(np.concatenate(samples), kind, level)
     return float(np.fmin(ends[0], alone[0])), float(np.fmax(ends[1], alone[1]))
 
-# %% ../nbs/09_stats.ipynb #ea6a5bc6
+# %% ../nbs/09_stats.ipynb #9a9228b3
 def summarise(
     df,  # DataFrame with `seed`, `value`, perhaps `metric`, and the columns of `by`
     by,  # column or columns that make a group
@@ -70,7 +70,7 @@ def summarise(
         rows.append((*key, len(group), len(samples), np.mean([s.mean() for s in samples]), low, high))
     return pd.DataFrame(rows, columns=[*by, 'n', 'seeds', 'mean', 'low', 'high'])
 
-# %% ../nbs/09_stats.ipynb #c37b09a7
+# %% ../nbs/09_stats.ipynb #1f6962d9
 def differences(
     a,  # DataFrame with `seed`, `episode`, `value` and the columns of `by`
     b,  # the same of what is subtracted
@@ -90,7 +90,7 @@ def differences(
         rows.append((*key, len(group), len(samples), np.mean([s.mean() for s in samples]), low, high, bool(low > 0 or high < 0)))
     return pd.DataFrame(rows, columns=[*by, 'n', 'seeds', 'mean', 'low', 'high', 'excludes_0'])
 
-# %% ../nbs/09_stats.ipynb #229ef575
+# %% ../nbs/09_stats.ipynb #9ff8c812
 def landmarks(
     evaluation,  # DataFrame: `split`, `stage`, `checkpoint`, `seed`, `metric`, `value`
 ) -> dict[str, int]:

@@ -6,15 +6,15 @@
 __all__ = ['TAKES', 'join', 'splice', 'interpolate', 'interpolate_matched', 'random_rotation', 'edit_matrix', 'how_far',
            'Surgery', 'operate', 'surgery_plan', 'surgery_stage']
 
-# %% ../nbs/11_surgery.ipynb #c6359c3a
-from .evaluate import evaluate
+# %% ../nbs/11_surgery.ipynb #95dfc447
+from .evaluate import evaluate, evaluation_parts
 from .models import load_model, pick_device, set_up_torch
 from .profiles import EDITS, Run
 from .spectra import check_same, finite, full_precision, parse_name, principal_angles, rank_of_share, svd
 from .stats import landmarks
 from .tasks import hash64
 
-# %% ../nbs/11_surgery.ipynb #ff84381c
+# %% ../nbs/11_surgery.ipynb #17cb5818
 TAKES = ('directions', 'both', 'values')
 
 def join(
@@ -42,7 +42,7 @@ def splice(
     U, V = (Ut, Vt) if take == 'values' else (torch.where(swap, Ud, Ut), torch.where(swap[:, None], Vd, Vt))
     return join((U, St if take == 'directions' else torch.where(swap, Sd, St), V))
 
-# %% ../nbs/11_surgery.ipynb #f8b53fc8
+# %% ../nbs/11_surgery.ipynb #8bacd0bf
 def interpolate(
     donor,  # (m, n)
     target,  # (m, n)
@@ -60,7 +60,7 @@ def interpolate_matched(
     gap = (donor - target).norm()
     return interpolate(donor, target, distance / gap) if gap > 0 else target.clone()
 
-# %% ../nbs/11_surgery.ipynb #bd3be0f9
+# %% ../nbs/11_surgery.ipynb #f16b25df
 def _random_basis(A, n, generator):  # n random orthonormal columns, orthogonal to those of A
     import torch
     noise = torch.randn(len(A), n, generator=generator, dtype=torch.float64).to(A)  # drawn on the CPU: the same on every device
@@ -85,7 +85,7 @@ def random_rotation(
         return torch.cat([(A @ P * theta.cos() + Q * theta.sin()) @ P.T, ours[:, k_top:]], 1)
     return turned(donor[0], Ut), S, turned(donor[2].T, Vt.T).T
 
-# %% ../nbs/11_surgery.ipynb #52840762
+# %% ../nbs/11_surgery.ipynb #006fa5cc
 def edit_matrix(
     donor,  # U (m, r), S (r), Vt (r, n)
     target,  # the same shapes
@@ -110,7 +110,7 @@ def how_far(
     gap, move = donor - target, edited - target
     return dict(size=(move.norm() / gap.norm()).item(), progress=((move * gap).sum() / gap.norm()**2).item(), left=((donor - edited).norm() / gap.norm()).item())
 
-# %% ../nbs/11_surgery.ipynb #4908f7cd
+# %% ../nbs/11_surgery.ipynb #45d3991b
 class Surgery:
     "Edits of a target model towards a donor. Keeps the SVDs of both in memory: up to four times the model in float32."
     def __init__(self,
@@ -147,7 +147,7 @@ class Surgery:
             return edit_matrix(donor, target, edit, rank_of_share(share, len(target[1])), hash64(seed, name)).to(self.target[name])
         return {n: changed(n) for n, i in self.layers.items() if layers is None or i in layers}
 
-# %% ../nbs/11_surgery.ipynb #7a062ddb
+# %% ../nbs/11_surgery.ipynb #b856a492
 def operate(*,  # by keyword only: donor and target are too easily swapped
     target_weights: dict,  # name -> tensor, as from `model.state_dict()`
     donor_weights: dict,  # the same
@@ -159,7 +159,7 @@ def operate(*,  # by keyword only: donor and target are too easily swapped
     "One edit; for several on the same pair make a `Surgery` once."
     return Surgery(donor_weights, target_weights).edit(edit, share, layers, seed)
 
-# %% ../nbs/11_surgery.ipynb #0c9a3ba0
+# %% ../nbs/11_surgery.ipynb #ff149f92
 def surgery_plan(
     sweep: str,  # `rank` or `layers`
     c: dict,  # the section `surgery` of a profile
@@ -181,7 +181,7 @@ def surgery_stage(
     import pandas as pd
     c, m = run.config, run.config['model']
     set_up_torch(c['surgery']['threads'])
-    mark = landmarks(run.load(*(f'eval-sft-{s:06d}' for s in c['sft']['checkpoints'])))
+    mark = landmarks(run.load(*evaluation_parts(run, 'sft')))
     donor, _ = load_model(run.checkpoint('sft', mark['max_ood']), m['device'], m['dtype'])
     model, tok = load_model(run.checkpoint('sft', mark['end']), m['device'], m['dtype'])
     states = {k: {n: W.clone() for n, W in x.state_dict().items()} for k, x in dict(donor=donor, target=model).items()}
@@ -190,7 +190,7 @@ def surgery_stage(
     for i, what in enumerate(plan):
         model.load_state_dict(states['donor' if what['edit'] == 'donor' else 'target'])
         if what['edit'] in EDITS: model.load_state_dict(surgery.edit(**what, seed=run.seed), strict=False)
-        table, b = evaluate(model, tok, run.task(), **c['eval'], seed=run.seed), what['layers']
+        table, b = evaluate(model, tok, run.task(), max_new_tokens=m['max_new_tokens'], **c['eval'], seed=run.seed), what['layers']
         where = 'all' if b is None else str(b[0]) if len(b) == 1 else f'{b[0]}-{b[-1]}'
         for column, value in reversed(dict(sweep=sweep, edit=what['edit'], share=what['share'], layers=where).items()): table.insert(0, column, value)
         out.append(table)

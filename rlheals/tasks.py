@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Problem', 'Verdict', 'Task', 'load_task', 'hash64', 'seeded', 'problem_set']
 
-# %% ../nbs/00_tasks.ipynb #7a8759c5
+# %% ../nbs/00_tasks.ipynb #e1821774
 import hashlib, importlib
 from dataclasses import dataclass, field
 import numpy as np
 
-# %% ../nbs/00_tasks.ipynb #884dd9f3
+# %% ../nbs/00_tasks.ipynb #9c520c80
 @dataclass(frozen=True)
 class Problem:
     "One instance of a task."
@@ -19,7 +19,7 @@ class Problem:
     key: tuple  # what makes two problems the same one (for a hand: its cards, sorted)
     data: dict = field(compare=False)  # what the task needs to state and to check it
 
-# %% ../nbs/00_tasks.ipynb #d765baef
+# %% ../nbs/00_tasks.ipynb #3d35db36
 @dataclass(frozen=True)
 class Verdict:
     "What a task says of one answer."
@@ -29,7 +29,7 @@ class Verdict:
     error: str  # one word: "", or the first thing wrong, a key of the task's `errors`
     parts: dict = field(default_factory=dict)  # part of the reward -> its value
 
-# %% ../nbs/00_tasks.ipynb #deee50b6
+# %% ../nbs/00_tasks.ipynb #09804748
 class Task:
     "The protocol of a task; subclass it and define the four methods."
     name = 'task'  # as in `--set task.name=...`
@@ -59,7 +59,7 @@ class Task:
         "What the model reads after a wrong answer (PAPER: sequential revision)."
         return f'You failed this trial because {verdict.reason}. Try again.'
 
-# %% ../nbs/00_tasks.ipynb #145dc13f
+# %% ../nbs/00_tasks.ipynb #2aca6f0c
 def load_task(
     name: str,  # a task of this package (`general_points`) or `package.module:Class`
     **options,  # passed on to the task's class
@@ -74,7 +74,7 @@ def load_task(
     if not found: raise ValueError(f"module {mod.__name__!r} defines no task {cls or module!r}: use 'general_points' or 'package.module:Class'")
     return found[0](**options)
 
-# %% ../nbs/00_tasks.ipynb #4dae7cd1
+# %% ../nbs/00_tasks.ipynb #f023e158
 def hash64(*what) -> int:
     "A stable 64-bit hash of anything printable (Python's own `hash` changes from process to process)."
     return int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:8], 'little')
@@ -83,7 +83,7 @@ def seeded(*what) -> np.random.Generator:
     "A random generator seeded by its purpose."
     return np.random.default_rng(hash64(*what))
 
-# %% ../nbs/00_tasks.ipynb #b08cbefc
+# %% ../nbs/00_tasks.ipynb #16f24487
 def problem_set(
     task: Task,
     split: str,

@@ -6,13 +6,13 @@
 __all__ = ['WORDS', 'MIXES', 'PRETRAINING', 'world_tokenizer', 'random_rule', 'known_formulas', 'document', 'batches', 'pretrain',
            'examine', 'compare']
 
-# %% ../nbs/03_world.ipynb #6e0a221c
-import random, time
+# %% ../nbs/03_world.ipynb #13f5c59e
+import random, re, time
 from functools import lru_cache
 from .general_points import FACES, RANKS, GeneralPoints, card_value, is_novel, parse_formula, solve, split_hands, RULES, SHAPES, FormulaError
 from .models import attention, encode, generate, set_up_torch
 
-# %% ../nbs/03_world.ipynb #33d1899a
+# %% ../nbs/03_world.ipynb #8c552693
 WORDS = [*RANKS, '1', '11', '12', '13', '24', *'+-*/()=[]{}:', 'cards', 'number', 'formula', 'format', 'result',
          'play', 'rule', 'solve', 'read', 'make', 'write', 'so', 'wrong']
 
@@ -27,7 +27,7 @@ def world_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', bos_token='<bos>', eos_token='<eos>', unk_token='<unk>',
                                    padding_side='left', model_max_length=512)
 
-# %% ../nbs/03_world.ipynb #a140500f
+# %% ../nbs/03_world.ipynb #1c30307d
 MIXES = {  # share of each kind of document; the first mix is for the first `switch` of the steps
     'early': dict(solve=.7, read=.3),
     'late': dict(solve=.2, make=.5, write=.25, read=.05),
@@ -55,15 +55,20 @@ def _numbers(rng):  # four values of 1-13, evenly, and a formula
         values = [rng.randint(1, 13) for _ in range(4)]
         if found := known_formulas(tuple(sorted(values))): return values, rng.choice(found)
 
-def _wrong_try(rng, values):  # numbers, a formula that is not right for them, and what is wrong
+def _wrong_formula(rng, values):  # numbers, a formula that is not right for `values`, and what is wrong
     said = list(values)
     if rng.random() < .4: said[rng.randrange(4)] = rng.randint(1, 13)
     used = rng.sample(said, 4)
-    formula = rng.choice(SHAPES).format(*(x for pair in zip(used, rng.choices('+-*/', k=3) + ['']) for x in pair))
+    formula = ' '.join(re.findall(r'[0-9]+|\S', rng.choice(SHAPES).format(*(x for pair in zip(used, rng.choices('+-*/', k=3) + ['']) for x in pair))))
     if said != list(values): return said, formula, 'number'
     try: value = parse_formula(formula)[0]
     except FormulaError: return said, formula, 'formula'
-    return (said, formula, 'result') if value != 24 else _wrong_try(rng, values)
+    return (said, formula, 'result') if value != 24 else _wrong_formula(rng, values)
+
+def _answered(rng, prompt, right, wrong, again=.2):  # a document: the prompt, perhaps wrong tries, the right answer
+    doc = [(prompt, False)]
+    while rng.random() < again and len(doc) < 3: doc.append(('{} wrong {} :'.format(*wrong()), False))
+    return doc + [(right, True)]
 
 def document(
     kind: str,  # `solve`, `read`, `make` or `write`
@@ -76,22 +81,24 @@ def document(
         return [(f'solve {words(values)} :', False), (f'{formula} = 24', True)]
     if kind == 'write' and rng.random() < .35:
         values, formula = _numbers(rng)
-        return [(f'write formula {words(values)} :', False), (f'{{ formula {formula} = 24 }}', True)]
+        def wrong(): _, bad, why = _wrong_formula(rng, values); return f'{{ formula {bad} = 24 }}', why
+        return _answered(rng, f'write formula {words(values)} :', f'{{ formula {formula} = 24 }}', wrong)
     rule, cards, values, formula = _hand(rng)
     shown = f"rule {words(f'{k} = {v}' for k, v in rule.items())} cards {words(cards)} :"
     if kind == 'read': return [('read ' + shown, False), (words(values), True)]
     if kind == 'make':
-        doc = [('make ' + shown, False)]
-        while rng.random() < .15 and len(doc) < 5:
-            said, bad, why = _wrong_try(rng, values)
-            doc += [(f'{words(said)} so {bad} = 24 wrong {why} :', False)]
-        return doc + [(f'{words(values)} so {formula} = 24', True)]
+        def wrong(): said, bad, why = _wrong_formula(rng, values); return f'{words(said)} so {bad} = 24', why
+        return _answered(rng, 'make ' + shown, f'{words(values)} so {formula} = 24', wrong)
     fields = rng.choice((('cards',), ('number',), ('cards', 'number')))
-    has = dict(cards=f'cards [ {words(cards)} ]', number=f'number [ {words(values)} ]')
-    return [(f"write {words(fields)} {shown}", False), (f"{{ {words(has[f] for f in fields)} }}", True)]
+    def piece(**has): return f"{{ {words(f'{f} [ {words(has[f])} ]' for f in fields)} }}"
+    def wrong():  # one card or number is another
+        said, why = dict(cards=list(cards), number=list(values)), rng.choice(fields)
+        said[why][rng.randrange(4)] = rng.choice(RANKS) if why == 'cards' else rng.randint(1, 13)
+        return (piece(**said), why) if said != dict(cards=list(cards), number=list(values)) else wrong()
+    return _answered(rng, f'write {words(fields)} {shown}', piece(cards=cards, number=values), wrong)
 
-# %% ../nbs/03_world.ipynb #69285a83
-PRETRAINING = dict(steps=16000, batch=64, lr=2e-3, warmup=.05, switch=.6, weight_decay=.01, threads=2, seed=0,
+# %% ../nbs/03_world.ipynb #db250c6d
+PRETRAINING = dict(steps=15000, batch=64, lr=2e-3, warmup=.05, switch=.6, weight_decay=.01, threads=2, seed=0,
                    hidden_size=128, layers=4, heads=4, mlp=384)
 
 def _encode(tokenizer, doc):  # -> ids, labels (-100 where nothing is learnt)
@@ -153,7 +160,7 @@ def pretrain(
                   versions=dict(torch=torch.__version__, transformers=transformers.__version__))
     return model.eval(), tok, record
 
-# %% ../nbs/03_world.ipynb #7e03d8ca
+# %% ../nbs/03_world.ipynb #3e784d36
 def examine(
     model,
     tokenizer,
@@ -178,7 +185,7 @@ def examine(
         out[split] = {k: round(sum(v) / len(v), 4) for k, v in scores.items()}
     return out
 
-# %% ../nbs/03_world.ipynb #90f60925
+# %% ../nbs/03_world.ipynb #b9f71c29
 def compare(a, b):
     "How far two models are apart, per weight matrix: relative Frobenius distance and largest difference."
     import pandas as pd

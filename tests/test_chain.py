@@ -1,9 +1,10 @@
 """The chain end to end with the `smoke` profile, as a user runs it: from the command line, and notebook by notebook."""
-import json, os, shutil, subprocess, sys, time
+import json, os, shutil, subprocess, sys
 from pathlib import Path
 import pandas as pd
 import pytest
 from rlheals import chain
+from rlheals.evaluate import METRICS, evaluation_parts
 from rlheals.figures import FIGURES
 from rlheals.profiles import Run
 
@@ -50,10 +51,10 @@ def test_everything_is_there(home, run):
 
 def test_tables_are_tidy(run):
     c = run.config
-    for name in chain.evaluations(run, 'sft') + chain.evaluations(run, 'rl'):
+    for name, steps in (evaluation_parts(run, 'sft') | evaluation_parts(run, 'rl')).items():
         t = run.load(name)
         assert list(t.columns) == ['task', 'seed', 'stage', 'checkpoint', 'split', 'episode', 'metric', 'value']
-        assert len(t) == 2 * c['eval']['episodes'] * t['metric'].nunique() and t.notna().all(axis=None)
+        assert len(t) == 2 * c['eval']['episodes'] * len(METRICS) * len(steps) and set(t['checkpoint']) == set(steps) and t.notna().all(axis=None)
     losses = run.load('losses')
     assert set(losses['checkpoint']) == set(c['sft']['checkpoints']) and set(losses['split']) == {'train', 'id', 'ood'}
     for start in c['rl']['starts']:
@@ -85,8 +86,8 @@ def test_a_second_call_does_nothing(home, run):
 
 @pytest.mark.parametrize('deleted, redone', [
     ('figures/F3.png', {'figures/F3.png', 'figures/F3.svg', 'figures/F3.csv'}),
-    ('tables/eval-rl-000002.parquet', {'tables/eval-rl-000002.parquet', *(f'figures/{f}.{e}' for f in ('F1', 'F5') for e in ('png', 'svg', 'csv'))}),
-    ('checkpoints/rl-000002', {'checkpoints/rl-000002/model.safetensors', 'tables/rl-000002.parquet', 'tables/advantages-000002.parquet', 'tables/eval-rl-000002.parquet',
+    ('tables/eval-rl-00.parquet', {'tables/eval-rl-00.parquet', *(f'figures/{f}.{e}' for f in ('F1', 'F5') for e in ('png', 'svg', 'csv'))}),
+    ('checkpoints/rl-000002', {'checkpoints/rl-000002/model.safetensors', 'tables/rl-000002.parquet', 'tables/advantages-000002.parquet', 'tables/eval-rl-00.parquet',
                                *(f'figures/{f}.{e}' for f in ('F1', 'F5', 'F6') for e in ('png', 'svg', 'csv'))}),
 ])
 def test_what_is_deleted_is_made_again_and_nothing_else(home, run, deleted, redone):
@@ -118,14 +119,15 @@ def test_wrong_settings_end_at_once(home, words, says):
 
 def test_a_failing_stage_says_so_and_the_rest_is_kept(home):
     "A damaged checkpoint: the error names the stage, its log and its notebook; the other jobs go on."
-    run = Run('smoke', ('rl.updates=1',), 0, home/'runs')
+    run = Run('smoke', ('surgery.blocks=1',), 0, home/'runs')
     shutil.copytree(home/'runs'/'smoke', run.dir)
     path = run.checkpoint('rl', 2)/'model.safetensors'
     path.write_bytes(b'broken')
-    run.table('eval-rl-000002').unlink(); run.table('eval-rl-000004').unlink()
-    with pytest.raises(chain.ChainError, match='eval-rl-000002 failed'):
-        chain.execute(run, targets=[f'seed0/tables/eval-rl-00000{s}.parquet' for s in (2, 4)], say=lambda line: None)
-    assert not run.table('eval-rl-000002').exists() and run.table('eval-rl-000004').exists()
+    tables = [run.table(n) for n in ('eval-rl-00', 'eval-sft-00')]
+    for t in tables: t.unlink()
+    with pytest.raises(chain.ChainError, match='eval-rl-00 failed'):
+        chain.execute(run, targets=[t.relative_to(run.dir) for t in tables], say=lambda line: None)
+    assert [t.exists() for t in tables] == [False, True]
 
 
 def test_two_runs_do_not_mix(home, run):
@@ -136,7 +138,7 @@ def test_two_runs_do_not_mix(home, run):
 
 
 @pytest.mark.parametrize('notebook, parameters', [
-    ('01_sft', {}), ('02_rl', dict(start=2)), ('03_evaluate', dict(stage='rl', step=2)), ('04_spectra', {}), ('05_surgery', dict(sweep='layers')), ('06_figures', dict(figure='F1'))])
+    ('01_sft', {}), ('02_rl', dict(start=2)), ('03_evaluate', dict(table='eval-rl-00')), ('04_spectra', {}), ('05_surgery', dict(sweep='layers')), ('06_figures', dict(figure='F1'))])
 def test_each_notebook_runs_alone(home, notebook, parameters):
     flags = [x for k, v in parameters.items() for x in ('-p', k, str(v))]
     done = subprocess.run([sys.executable, '-m', 'papermill', str(ROOT/'nbs'/'paper'/f'{notebook}.ipynb'), f'{notebook}.out.ipynb', '-p', 'profile', 'smoke', *flags],
@@ -151,3 +153,13 @@ def test_a_notebook_alone_makes_what_it_needs(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     run = Run('smoke', root=tmp_path/'runs')
     assert run.checkpoint('rl', 2).is_dir() and not run.checkpoint('rl', 4).exists()
+
+
+def test_seeds_are_independent_and_drawn_together(home, run):
+    done = rlheals('reproduce', '--profile', 'smoke', '--seeds', '2', cwd=home)
+    assert done.returncode == 0, done.stdout + done.stderr
+    second = Run('smoke', seed=1, root=home/'runs')
+    assert (run.load('losses')['value'] != second.load('losses')['value']).any()
+    assert json.loads((run.dir/'figures'/'F1.json').read_text())['seeds'] == [0, 1]
+    drawn = pd.read_csv(run.dir/'figures'/'F1.csv')
+    assert set(drawn['seed']) == {'all', '0', '1'} and (drawn[drawn.seed == 'all'].seeds == 2).all()

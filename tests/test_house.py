@@ -2,6 +2,7 @@
 import ast, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
+from rlheals.profiles import load_profile
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -90,4 +91,5 @@ def test_weights_are_small():
 def test_committed_figures_come_from_the_default_run(figure):
     record = json.loads((ROOT/'figures'/f'{figure}.json').read_text())
     assert record['profile'] == 'tiny' and record['changes'] == [] and record['inputs']
+    assert record['settings'] == load_profile('tiny')  # as the profile is now
     assert all((ROOT/'figures'/f'{figure}.{e}').stat().st_size for e in ('png', 'svg', 'csv'))

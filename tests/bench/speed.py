@@ -1,0 +1,45 @@
+"""What the design choices for speed are worth here: python tests/bench/speed.py prints ratios, measured in one run."""
+import statistics, time
+import torch
+from rlheals.general_points import GeneralPoints
+from rlheals.models import encode, generate, load_model, set_up_torch
+from rlheals.ppo import score
+from rlheals.tasks import problem_set, seeded
+
+
+def seconds(f, runs=3):
+    f()
+    out = []
+    for _ in range(runs):
+        start = time.perf_counter(); f(); out.append(time.perf_counter() - start)
+    return statistics.median(out)
+
+
+def training_step(model, contexts, answers):
+    model.zero_grad()
+    score(model, None, contexts, answers, rows=64)[0].sum().backward()
+
+
+set_up_torch(1)
+model, tok = load_model('tiny', device='cpu')
+task = GeneralPoints('brief')
+problems = problem_set(task, 'train', 64)
+contexts = [encode(tok, [task.prompt(p)]) for p in problems]
+answers = [tok.encode(task.expert(p, seeded(0)), add_special_tokens=False) for p in problems]
+
+together = seconds(lambda: generate(model, tok, contexts, 40))
+alone = seconds(lambda: [generate(model, tok, [c], 40) for c in contexts[:8]], 1) * len(contexts) / 8
+print(f'generation, 64 answers: one batch {alone / together:.1f} times as fast as one by one')
+
+step = lambda: training_step(model, contexts, answers)
+fast = seconds(step)
+torch.set_float32_matmul_precision('highest')
+plain = seconds(step)
+torch.set_float32_matmul_precision('medium')
+print(f'training step: matrix precision "medium" {plain / fast:.2f} times as fast as "highest"')
+torch.utils.deterministic.fill_uninitialized_memory = True
+filled = seconds(step)
+torch.utils.deterministic.fill_uninitialized_memory = False
+print(f'training step: not filling uninitialised memory {filled / fast:.2f} times as fast as filling it')
+sdpa = type(model).from_pretrained(model.name_or_path, attn_implementation='sdpa')
+print(f'training step: plain attention {seconds(lambda: training_step(sdpa, contexts, answers)) / fast:.2f} times as fast as fused attention')
