@@ -1,5 +1,5 @@
 """The house: what ships is what the notebooks say, and chapters only build on earlier ones."""
-import ast, json, os, re, shutil, subprocess, sys
+import ast, json, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from rlheals.profiles import load_profile

@@ -1,0 +1,105 @@
+"""The mathematics of PPO against plain NumPy, episode by episode, on random data."""
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from rlheals.general_points import GeneralPoints
+from rlheals.models import encode, generate, load_model, set_up_torch
+from rlheals.ppo import collect, gae, ppo_loss, score, value_head
+from rlheals.rollout import Episode
+from rlheals.tasks import problem_set, seeded
+
+
+def reference_advantages(rewards, values, dones, gamma, lam):
+    "Sum of discounted TD errors up to the end of the episode (arXiv 1506.02438, eq. 16), written as the sum it is."
+    T, N = rewards.shape
+    out = np.zeros((T, N))
+    for n in range(N):
+        for t in range(T):
+            weight = 1.
+            for u in range(t, T):
+                bootstrap = 0. if dones[u, n] else gamma * values[u + 1, n]
+                out[t, n] += weight * (rewards[u, n] + bootstrap - values[u, n])
+                if dones[u, n]: break
+                weight *= gamma * lam
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 4), st.floats(0, 1), st.floats(0, 1), st.integers(0, 10**6))
+def test_gae(T, N, gamma, lam, seed):
+    rng = np.random.default_rng(seed)
+    rewards, values, dones = rng.normal(size=(T, N)), rng.normal(size=(T + 1, N)), (rng.random((T, N)) < .4).astype(float)
+    got = gae(*(torch.tensor(x) for x in (rewards, values, dones)), gamma, lam)
+    np.testing.assert_allclose(got.numpy(), reference_advantages(rewards, values, dones, gamma, lam), atol=1e-10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 20), st.floats(.05, .4), st.integers(0, 10**6))
+def test_loss(n, clip, seed):
+    rng = np.random.default_rng(seed)
+    logp, old, value, advantage, returns, entropy = rng.normal(size=(6, n))
+    c = dict(clip=clip, value_coef=.5, entropy_coef=.01)
+    loss, _ = ppo_loss(*(torch.tensor(x) for x in (logp, entropy, value, old, advantage, returns)), c)
+    ratio = np.exp(logp - old)
+    gains = [min(r * a, np.clip(r, 1 - clip, 1 + clip) * a) for r, a in zip(ratio, advantage)]
+    expected = -np.mean(gains) + .5 * .5 * np.mean((value - returns)**2) - .01 * np.mean(entropy)
+    assert loss.item() == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.fixture(scope='module')
+def tiny():
+    set_up_torch(1, matmul_precision='highest', seed=0)
+    return load_model('tiny', device='cpu')
+
+
+def test_ratio_of_a_fresh_policy_is_one(tiny):
+    "Whatever the batch an answer is scored in: padding and neighbours do not change its probability."
+    model, tok = tiny
+    task = GeneralPoints('brief', tries=2)
+    rng, c = seeded(0), dict(turns=2, temperature=1., gamma=.9, lam=.95, max_new_tokens=20)
+    episodes = [Episode.start(task, task.sample(rng, 'train')) for _ in range(12)]
+    b = collect(model, value_head(128), tok, task, episodes, c, rng, 0)
+    pick = np.random.default_rng(0).permutation(len(b['contexts']))[:7]
+    with torch.no_grad(): logp, _, _ = score(model, None, [b['contexts'][i] for i in pick], [b['answers'][i] for i in pick])
+    np.testing.assert_allclose((logp - b['logp'][pick]).exp().numpy(), 1., atol=1e-5)
+
+
+def test_sampled_tokens_follow_the_scored_probabilities(tiny):
+    "Sampling and scoring use the same distribution: first tokens of many samples against the scored probabilities."
+    model, tok = tiny
+    context = encode(tok, ['solve 5 11 3 1 :'])
+    first = np.array([a[0] for a in generate(model, tok, [context] * 4000, 1, temperature=.7, seed=1)])
+    with torch.no_grad():
+        probability = np.exp(score(model, None, [context] * len(tok), [[t] for t in range(len(tok))], temperature=.7)[0].numpy())
+    assert probability.sum() == pytest.approx(1, abs=1e-4)
+    error = np.sqrt(probability * (1 - probability) / len(first))
+    assert (abs(np.bincount(first, minlength=len(tok)) / len(first) - probability) <= 5 * error + 1e-3).all()
+
+
+def test_value_head_fits_known_returns(tiny):
+    "The head alone, on frozen features, learns which of two kinds of prompt is worth more."
+    model, tok = tiny
+    contexts = [encode(tok, [f"{'solve' if i % 2 else 'write formula'} {i % 9 + 1} 3 8 2 :"]) for i in range(64)]
+    target = torch.tensor([5. if i % 2 else -3. for i in range(64)])
+    torch.manual_seed(0)
+    head = value_head(128)
+    opt = torch.optim.Adam(head.parameters(), lr=1e-2)
+    first = None
+    for _ in range(60):
+        loss = (score(model, head, contexts, [[]] * 64)[2] - target).square().mean()
+        first = first or loss.item()
+        opt.zero_grad(); loss.backward(); opt.step()
+    assert loss.item() < .05 * first
+
+
+def test_episodes_carry_on_and_finish(tiny):
+    "Two tries per episode: after two turns every environment has finished its first episode, and drawn a training hand."
+    model, tok = tiny
+    task = GeneralPoints('brief', tries=2)
+    rng, c = seeded(1), dict(turns=3, temperature=1., gamma=.9, lam=.95, max_new_tokens=8)
+    episodes = [Episode.start(task, p) for p in problem_set(task, 'train', 5)]
+    before = [e.problem.key for e in episodes]
+    b = collect(model, value_head(128), tok, task, episodes, c, rng, 0)
+    assert b['attempt'] == [0] * 5 + [1] * 5 + [0] * 5 and len(b['advantage']) == 15
+    assert [e.problem.key for e in episodes] != before and all(len(e.verdicts) == 1 and e.problem.split == 'train' for e in episodes)
