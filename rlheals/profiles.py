@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TINY', 'PROFILES', 'EDITS', 'load_profile', 'run_name', 'Run']
 
-# %% ../nbs/04_profiles.ipynb #5e516b00
+# %% ../nbs/04_profiles.ipynb #c7dc190f
 import copy, difflib, json, re
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +13,7 @@ from pathlib import Path
 from .models import complete
 from .tasks import hash64, load_task
 
-# %% ../nbs/04_profiles.ipynb #0ff330c4
+# %% ../nbs/04_profiles.ipynb #92596191
 TINY = dict(
     model=dict(
         name='tiny',  # `tiny`, a directory, or a name on the hub
@@ -36,7 +36,7 @@ TINY = dict(
         threads=2),
     rl=dict(
         starts=[32, 64, 128, 192, 256, 384, 512, 640],  # SFT checkpoints that RL starts from
-        updates=15,
+        updates=12,
         envs=128,  # episodes generated side by side
         turns=2,  # answers per episode and update; envs x turns = environment steps per update (paper: 256)
         epochs=2,  # paper: 4
@@ -83,7 +83,7 @@ PROFILES = dict(
         surgery=dict(ranks=[.5, 1.], blocks=2, edits=['directions', 'values'])),
 )
 
-# %% ../nbs/04_profiles.ipynb #021cdd3b
+# %% ../nbs/04_profiles.ipynb #525c5688
 EDITS = ('directions', 'both', 'values', 'interpolation', 'matched', 'random')  # what surgery can put back; see its chapter
 
 def _parse(key, text, default):  # text -> a value of the default's type
@@ -147,7 +147,7 @@ def load_profile(
     _check(c)
     return c
 
-# %% ../nbs/04_profiles.ipynb #72c28471
+# %% ../nbs/04_profiles.ipynb #509ac068
 def run_name(profile: str, changes=()) -> str:
     "The directory name of a run: the profile, and what was changed (hashed when that grows long)."
     default, c = load_profile(profile), load_profile(profile, changes)
