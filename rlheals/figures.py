@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ERRORS', 'KINDS', 'FIGURES', 'NEEDS', 'f1', 'f2', 'f3', 'f4', 'f5', 'f6', 'f7', 'f8', 'f10', 'f11', 'draw']
 
-# %% ../nbs/13_figures.ipynb #f02f27bf
+# %% ../nbs/13_figures.ipynb #50c970da
 import numpy as np
 from .plots import EDITS, MUTED, RL, SFT, SPLITS, curve, figure, percent_axis, reach, rows, steps_axis, top_legend, with_seeds
 from .stats import differences, landmarks, summarise
 
-# %% ../nbs/13_figures.ipynb #33000a6e
+# %% ../nbs/13_figures.ipynb #cdd37b02
 def _above(x, gap):  # stretches (left, right) of x where the polyline of gap is above 0
     out = []
     for a, b, u, v in zip(x, x[1:], gap, gap[1:]):
@@ -55,7 +55,7 @@ def f1(tables):
                      Patch(color=RL, alpha=.12, lw=0, label='RL above SFT on average')])
     return fig, data
 
-# %% ../nbs/13_figures.ipynb #7aa687b8
+# %% ../nbs/13_figures.ipynb #f862353b
 def _by_split(ax, data, best, scale=100, named=True):  # a curve per split; best: the step of SFT's best OOD accuracy
     ax.axvline(best, color=MUTED, lw=.8, ls=':', zorder=0)
     if named: ax.annotate('best OOD', (best, 1), (0, 1.5), xycoords=('data', 'axes fraction'), textcoords='offset points',
@@ -76,7 +76,7 @@ def f2(tables):
     top_legend(fig, handles)
     return fig, data
 
-# %% ../nbs/13_figures.ipynb #9b2efeb1
+# %% ../nbs/13_figures.ipynb #89a812ec
 @figure('losses', 'sft_evaluation')
 def f3(tables):
     "Loss per answer token along SFT, on training examples and on ID and OOD test problems (95 % intervals over seeds). Dotted: the checkpoint with the best OOD accuracy."
@@ -93,7 +93,7 @@ def f3(tables):
     top_legend(fig, handles)
     return fig, data
 
-# %% ../nbs/13_figures.ipynb #0092a1ad
+# %% ../nbs/13_figures.ipynb #ce5f35e4
 ERRORS = dict(format_error='answer not in the format', rule_error='numbers read wrong', solving_error='solved wrong')
 
 @figure('sft_evaluation')
@@ -111,7 +111,7 @@ def f4(tables):
     top_legend(fig, handles)
     return fig, data
 
-# %% ../nbs/13_figures.ipynb #f0a78985
+# %% ../nbs/13_figures.ipynb #4c637ecf
 @figure('evaluation')
 def f5(tables):
     "Accuracy of the SFT checkpoint with the best OOD accuracy, of the last one, and after RL from the last one, ID and OOD (95 % intervals; dots: seeds)."
@@ -138,7 +138,7 @@ def f5(tables):
     top_legend(fig, ax.get_legend_handles_labels()[0])
     return fig, data.drop(columns='x')
 
-# %% ../nbs/13_figures.ipynb #d6aa8560
+# %% ../nbs/13_figures.ipynb #96cf0b19
 @figure('advantages')
 def f6(tables):
     "PPO's raw advantages by the SFT step RL started from: their distribution (the outermost bins hold what lies beyond), the share above zero, and the skewness, mean over updates (95 % intervals)."
@@ -176,7 +176,7 @@ def f6(tables):
     for axis in (ax, share, skew): axis.grid(False); axis.tick_params(axis='y', length=0)
     return fig, data
 
-# %% ../nbs/13_figures.ipynb #f8174c5e
+# %% ../nbs/13_figures.ipynb #7db06e1c
 KINDS = dict(q_proj='query', k_proj='key', v_proj='value', down_proj='MLP, down')
 
 def _over_layers(df, by):  # mean over seeds, then mean and range over layers
@@ -216,7 +216,7 @@ def f7(tables):
     top_legend(fig, axes[0, 0].get_legend_handles_labels()[0])
     return fig, data
 
-# %% ../nbs/13_figures.ipynb #c6e30e7a
+# %% ../nbs/13_figures.ipynb #75e2cca0
 def _pair_look(pairs):  # colour by family (SFT, RL), lighter from the second of a family on
     seen = {}
     for p in pairs: seen.setdefault('RL' if p.startswith('RL') else 'SFT', []).append(p)
@@ -255,7 +255,7 @@ def f8(tables):
                + [Line2D([], [], color='#222222', lw=1, ls=ls, label=f'{s} vectors') for s, ls in sides.items()], ncols=3)
     return fig, data
 
-# %% ../nbs/13_figures.ipynb #c3e444a7
+# %% ../nbs/13_figures.ipynb #890f6c4a
 def _surgery(tables, sweep):  # summary of one sweep's edits, and of the target and donor
     import pandas as pd
     s = rows(tables['surgery'], 'surgery', metric='success', split=('id', 'ood'))
@@ -292,7 +292,7 @@ def f10(tables):
     top_legend(fig, [*references, *handles.values()], ncols=4)
     return fig, data
 
-# %% ../nbs/13_figures.ipynb #07efe5ba
+# %% ../nbs/13_figures.ipynb #04c00400
 def _block_key(block):  # all layers last, others by their first layer, short blocks first
     first, _, last = block.partition('-')
     return (1, 0, 0) if block == 'all' else (0, int(last or first) - int(first), int(first))
@@ -323,7 +323,7 @@ def f11(tables):
     top_legend(fig, [*references, *handles.values()])
     return fig, data
 
-# %% ../nbs/13_figures.ipynb #fbb3f3f9
+# %% ../nbs/13_figures.ipynb #ae0ea03f
 FIGURES = dict(F1=f1, F2=f2, F3=f3, F4=f4, F5=f5, F6=f6, F7=f7, F8=f8, F10=f10, F11=f11)
 NEEDS = {name: f.needs for name, f in FIGURES.items()}  # the tables of each figure
 

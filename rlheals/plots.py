@@ -6,14 +6,14 @@
 __all__ = ['ID', 'OOD', 'SFT', 'RL', 'MUTED', 'SPLITS', 'EDITS', 'STYLE', 'figure', 'rows', 'with_seeds', 'reach', 'curve',
            'percent_axis', 'steps_axis', 'top_legend', 'save']
 
-# %% ../nbs/12_plots.ipynb #0b4c1d00
+# %% ../nbs/12_plots.ipynb #d519e0a9
 import functools, json
 from pathlib import Path
 import numpy as np
 from .models import complete
 from .stats import summarise
 
-# %% ../nbs/12_plots.ipynb #01d6ec54
+# %% ../nbs/12_plots.ipynb #9d12920c
 ID, OOD, SFT, RL, MUTED = '#0072B2', '#D55E00', '#3B4252', '#009E73', '#8A8F98'
 SPLITS = {'id': ('ID', ID, 'o', '-'), 'ood': ('OOD', OOD, 's', '-'), 'train': ('train', MUTED, None, '--')}  # label, colour, marker, line
 EDITS = {  # of `surgery`: label, colour, marker, line; controls are quieter
@@ -32,7 +32,7 @@ STYLE = {'font.family': 'DejaVu Sans', 'font.size': 7.5, 'axes.labelsize': 7.5, 
          'lines.linewidth': 1.4, 'lines.markersize': 3.2, 'figure.facecolor': 'white', 'figure.constrained_layout.use': True,
          'svg.hashsalt': 'rlheals', 'svg.fonttype': 'path'}
 
-# %% ../nbs/12_plots.ipynb #1be7648e
+# %% ../nbs/12_plots.ipynb #eacf7e1e
 def figure(*needs):  # names of tables
     "Decorator: check the tables a figure needs, draw in our style, and keep the figure out of pyplot's list."
     def wrap(f):
@@ -73,7 +73,7 @@ def with_seeds(
     if df['seed'].nunique() < 2: return total
     return pd.concat([total, summarise(df, [*by, 'seed']).drop(columns=['low', 'high'])], ignore_index=True)
 
-# %% ../nbs/12_plots.ipynb #f1056f59
+# %% ../nbs/12_plots.ipynb #f93b45e6
 def reach(d, scale):  # lengths of the error bars of a summary, (2, n)
     return scale * np.maximum(0, [d['mean'] - d.low, d.high - d['mean']])
 
@@ -120,7 +120,7 @@ def top_legend(fig, handles, ncols=None):
     "A legend above all panels."
     fig.legend(handles=handles, loc='outside upper center', ncols=ncols or len(handles))
 
-# %% ../nbs/12_plots.ipynb #753e14ab
+# %% ../nbs/12_plots.ipynb #04ca744e
 def save(
     fig,  # matplotlib figure
     data,  # DataFrame of the numbers drawn

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['gae', 'value_head', 'score', 'ppo_loss', 'collect', 'train_ppo', 'rl_stage']
 
-# %% ../nbs/07_ppo.ipynb #64433695
+# %% ../nbs/07_ppo.ipynb #30594195
 import math
 from .models import encode, load_model, save_model, set_up_torch
 from .profiles import Run
 from .rollout import Episode, answer_all
 from .tasks import Task, hash64, seeded
 
-# %% ../nbs/07_ppo.ipynb #d354de49
+# %% ../nbs/07_ppo.ipynb #5486a13a
 def gae(
     rewards,  # (T, N): turns by environments
     values,  # (T + 1, N): value of the prompt before each turn, and of the one after the last
@@ -28,7 +28,7 @@ def gae(
         out[t] = after = delta + gamma * lam * (1 - dones[t]) * after
     return out
 
-# %% ../nbs/07_ppo.ipynb #fc77b725
+# %% ../nbs/07_ppo.ipynb #b003d200
 def value_head(
     hidden: int,  # width of the model
 ):
@@ -70,7 +70,7 @@ def _score(model, head, contexts, answers, temperature):
     entropy = zeros.index_add(0, row, -(logp.exp() * logp).sum(-1)) / n.clamp(min=1)
     return total, entropy, None if head is None else head(hidden[torch.arange(len(rows)), start - 1].float())[:, 0]
 
-# %% ../nbs/07_ppo.ipynb #1527d9a5
+# %% ../nbs/07_ppo.ipynb #f0cf8566
 def ppo_loss(
     logp, entropy, value,  # (B,) each, of the policy being trained
     old_logp, advantage, returns,  # (B,) each, of the policy that sampled
@@ -87,7 +87,7 @@ def ppo_loss(
                       clip_fraction=((ratio - 1).abs() > c['clip']).float().mean().item(),
                       approx_kl=(log_ratio.exp() - 1 - log_ratio).mean().item())  # http://joschu.net/blog/kl-approx.html
 
-# %% ../nbs/07_ppo.ipynb #60eb4de3
+# %% ../nbs/07_ppo.ipynb #da15280c
 def collect(
     model, head, tokenizer, task: Task,
     episodes: list[Episode],  # one per environment, carried from update to update; finished ones are replaced in place
@@ -162,7 +162,7 @@ def train_ppo(
         progress(update + 1, c['updates'])
     return pd.DataFrame(log), pd.concat(actions, ignore_index=True)
 
-# %% ../nbs/07_ppo.ipynb #855bfd43
+# %% ../nbs/07_ppo.ipynb #0b7b9661
 def rl_stage(
     run: Run,
     start: int,  # the SFT checkpoint to start from

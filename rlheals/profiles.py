@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TINY', 'PROFILES', 'EDITS', 'load_profile', 'run_name', 'Run']
 
-# %% ../nbs/04_profiles.ipynb #c7dc190f
+# %% ../nbs/04_profiles.ipynb #aad59c1e
 import copy, difflib, json, re
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +13,7 @@ from pathlib import Path
 from .models import complete
 from .tasks import hash64, load_task
 
-# %% ../nbs/04_profiles.ipynb #92596191
+# %% ../nbs/04_profiles.ipynb #3a67e432
 TINY = dict(
     model=dict(
         name='tiny',  # `tiny`, a directory, or a name on the hub
@@ -41,12 +41,12 @@ TINY = dict(
         turns=2,  # answers per episode and update; envs x turns = environment steps per update (paper: 256)
         epochs=2,  # paper: 4
         minibatch=64,  # paper: 128
-        learning_rate=3e-4,  # paper: 1e-6 to 1e-9
+        learning_rate=1e-4,  # paper: 1e-6 to 1e-9
         schedule='cosine',
         value_learning_rate=1e-3,  # of the value head, which starts from nothing
         adam_eps=1e-7,
         clip=.1,
-        value_coef=.5,
+        value_coef=.02,  # paper: 0.5, which at rewards of 5 drowns the policy's gradient in so small a trunk
         entropy_coef=.01,
         max_grad_norm=.5,  # paper: 0.01
         gamma=.9,
@@ -83,7 +83,7 @@ PROFILES = dict(
         surgery=dict(ranks=[.5, 1.], blocks=2, edits=['directions', 'values'])),
 )
 
-# %% ../nbs/04_profiles.ipynb #525c5688
+# %% ../nbs/04_profiles.ipynb #0997fd34
 EDITS = ('directions', 'both', 'values', 'interpolation', 'matched', 'random')  # what surgery can put back; see its chapter
 
 def _parse(key, text, default):  # text -> a value of the default's type
@@ -147,7 +147,7 @@ def load_profile(
     _check(c)
     return c
 
-# %% ../nbs/04_profiles.ipynb #509ac068
+# %% ../nbs/04_profiles.ipynb #ede71b5c
 def run_name(profile: str, changes=()) -> str:
     "The directory name of a run: the profile, and what was changed (hashed when that grows long)."
     default, c = load_profile(profile), load_profile(profile, changes)
