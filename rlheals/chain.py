@@ -126,6 +126,7 @@ def snakemake(
         raise ChainError(f'{PAPER} has no Snakefile: install from a clone of the repository, with `pip install -e .`')
     root = Path(run.root).resolve()
     return [sys.executable, '-m', 'snakemake', '--snakefile', str(PAPER/'Snakefile'), '--directory', str(root/run.dir.name),
+            '--retries', '1',  # a notebook's kernel can lose the race for a port to one that starts beside it
             '--cores', str(jobs), '--nolock', '--rerun-incomplete', '--rerun-triggers', 'mtime', 'params', 'input', '--keep-going',
             *more, '--config', f'profile={run.profile}', f'changes={";".join(run.changes)}', f'seeds={seeds}', f'root={root}',
             *(['--'] + [str(t) for t in targets] if targets else [])]
