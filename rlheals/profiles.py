@@ -151,8 +151,9 @@ def load_profile(
 def run_name(profile: str, changes=()) -> str:
     "The directory name of a run: the profile, and what was changed (hashed when that grows long)."
     default, c = load_profile(profile), load_profile(profile, changes)
-    diff = [f'{s}.{k}={json.dumps(c[s][k], separators=(",", ":"))}' for s in c for k in c[s] if c[s][k] != default[s][k]]
-    text = ','.join(re.sub(r'[^\w.,=-]', '_', d.replace('"', '')) for d in diff)
+    given = {change.partition('=')[0] for change in changes}
+    diff = [f'{s}.{k}={json.dumps(c[s][k], separators=(",", ":"))}' for s in c for k in c[s] if f'{s}.{k}' in given and c[s][k] != default[s][k]]
+    text = ','.join(re.sub(r'[^\w.,=-]', '', d) for d in diff)
     return profile + ('' if not diff else f'_{text}' if len(text) <= 60 else f'_{hash64(text):016x}')
 
 @dataclass(frozen=True)
