@@ -80,7 +80,7 @@ def set_up_torch(
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(matmul_precision)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs two thirds of a training step
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that slows the SFT trainer down; see tests/bench
     if seed is not None: torch.manual_seed(seed)
 
 # %% ../nbs/02_models.ipynb #1ff1d910
