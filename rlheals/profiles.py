@@ -153,8 +153,11 @@ def run_name(profile: str, changes=()) -> str:
     default, c = load_profile(profile), load_profile(profile, changes)
     given = {change.partition('=')[0] for change in changes}
     diff = [f'{s}.{k}={json.dumps(c[s][k], separators=(",", ":"))}' for s in c for k in c[s] if f'{s}.{k}' in given and c[s][k] != default[s][k]]
-    text = ','.join(re.sub(r'[^\w.,=-]', '', d) for d in diff)
-    return profile + ('' if not diff else f'_{text}' if len(text) <= 60 else f'_{hash64(text):016x}')
+    if c == default: return profile
+    text = re.sub(r'[\[\]"]', '', ','.join(diff))
+    said = load_profile(profile, [ch for ch in changes if any(d.startswith(ch.partition('=')[0] + '=') for d in diff)])
+    plain = said == c and re.fullmatch(r'[\w.,=-]{1,60}', text)  # only then do different settings have different names
+    return f'{profile}_{text}' if plain else f'{profile}_{hash64(json.dumps(c, sort_keys=True)):016x}'
 
 @dataclass(frozen=True)
 class Run:
