@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from rlheals import chain
 from rlheals.evaluate import METRICS, evaluation_parts
-from rlheals.figures import FIGURES
+from rlheals.figures import ACROSS, FIGURES
 from rlheals.profiles import Run
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +35,7 @@ def stamps(run):
     return {p: p.stat().st_mtime_ns for p in run.dir.rglob('*') if p.is_file() and (p.suffix in ('.parquet', '.png', '.svg', '.csv') or p.name == 'model.safetensors')}
 
 
-def names(run, paths): return {str(p.relative_to(run.dir)).replace('seed0/', '') for p in paths}
+def names(run, paths): return {str(p.relative_to(run.dir)).replace('general_points/seed0/', '') for p in paths}
 
 
 def test_everything_is_there(home, run):
@@ -43,7 +43,7 @@ def test_everything_is_there(home, run):
         for ext in ('png', 'svg', 'csv', 'json'): assert (run.dir/'figures'/f'{f}.{ext}').stat().st_size > 0
         record = json.loads((run.dir/'figures'/f'{f}.json').read_text())
         assert record['profile'] == 'smoke' and record['settings'] == run.config and all(len(h) == 64 for h in record['inputs'].values())
-    assert set(FIGURES) == {'F1', 'F2', 'F3', 'F4', 'F5', 'F6', 'F7', 'F8', 'F10', 'F11'}
+    assert set(FIGURES) == {'F1', 'F2', 'F3', 'F4', 'F5', 'F6', 'F7', 'F8', 'F10', 'F11', 'S1'}
     said = (home/'said').read_text()
     assert 'rl-000002' in said and 'left' in said
     assert not list(run.dir.rglob('.*.safetensors')) and not list((run.dir/'.progress').glob('*'))
@@ -51,10 +51,12 @@ def test_everything_is_there(home, run):
 
 def test_tables_are_tidy(run):
     c = run.config
-    for name, steps in (evaluation_parts(run, 'sft') | evaluation_parts(run, 'rl')).items():
+    for name, steps in (evaluation_parts(run, 'sft') | evaluation_parts(run, 'rl') | evaluation_parts(run, 'grpo')).items():
         t = run.load(name)
-        assert list(t.columns) == ['task', 'seed', 'stage', 'checkpoint', 'split', 'episode', 'metric', 'value']
+        assert list(t.columns) == ['task', 'seed', 'stage', 'checkpoint', 'split', 'problems', 'episode', 'metric', 'value']
         assert len(t) == 2 * c['eval']['episodes'] * len(METRICS) * len(steps) and set(t['checkpoint']) == set(steps) and t.notna().all(axis=None)
+    problems = pd.concat(run.load(n) for n in evaluation_parts(run, 'sft') | evaluation_parts(run, 'rl')).groupby('split')['problems'].unique()
+    assert problems.map(len).eq(1).all() and problems.map(lambda f: len(f[0])).eq(16).all()  # the same problems for every checkpoint
     losses = run.load('losses')
     assert set(losses['checkpoint']) == set(c['sft']['checkpoints']) and set(losses['split']) == {'train', 'id', 'ood'}
     for start in c['rl']['starts']:
@@ -106,7 +108,7 @@ def test_what_is_deleted_is_made_again_and_nothing_else(home, run, deleted, redo
 def test_dry_run_lists_jobs_and_makes_none(home):
     done = rlheals('reproduce', '--profile', 'smoke', '--set', 'rl.updates=3', '--dry-run', cwd=home)
     assert done.returncode == 0 and 'about' in done.stdout and 'rl' in done.stdout, done.stderr
-    assert not (home/'runs'/'smoke_rl.updates=3'/'seed0').exists()
+    assert not (home/'runs'/'smoke_rl.updates=3'/'general_points').exists()
 
 
 @pytest.mark.parametrize('words, says', [
@@ -153,6 +155,22 @@ def test_a_notebook_alone_makes_what_it_needs(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     run = Run('smoke', root=tmp_path/'runs')
     assert run.checkpoint('rl', 2).is_dir() and not run.checkpoint('rl', 4).exists()
+
+
+def test_all_tasks_run_the_whole_chain(home, run):
+    "The other three tasks beside the one that is there; F5 then shows four, also when GeneralPoints is asked for alone."
+    before = stamps(run)
+    done = rlheals('reproduce', '--profile', 'smoke', '--task', 'navigation,rank', '--task', 'determinant', cwd=home)
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = stamps(run)
+    assert names(run, (p for p in before if after[p] != before[p])) == {f'figures/{f}.{e}' for f in ACROSS for e in ('png', 'svg', 'csv')}
+    for task in ('navigation', 'rank', 'determinant'):
+        other = Run('smoke', root=home/'runs', task_name=task)
+        assert set(other.load(*evaluation_parts(other, 'rl'))['task']) == {task} and other.checkpoint('rl', 4).is_dir()
+        assert {p.stem for p in (run.dir/'figures'/task).glob('*.png')} == set(FIGURES) - set(ACROSS)
+        assert json.loads((run.dir/'figures'/task/'F1.json').read_text())['tasks'] == [task]
+    assert list(pd.read_csv(run.dir/'figures'/'F5.csv')['task'].unique()) == ['general_points', 'navigation', 'rank', 'determinant']
+    assert 'nothing to do' in rlheals('reproduce', '--profile', 'smoke', cwd=home).stdout
 
 
 def test_seeds_are_independent_and_drawn_together(home, run):

@@ -6,8 +6,7 @@ from hypothesis import given, settings, strategies as st
 from rlheals.general_points import GeneralPoints
 from rlheals.models import encode, generate, load_model, set_up_torch
 from rlheals.ppo import collect, gae, ppo_loss, score, value_head
-from rlheals.rollout import Episode
-from rlheals.tasks import problem_set, seeded
+from rlheals.tasks import Episode, problem_set, seeded
 
 
 def reference_advantages(rewards, values, dones, gamma, lam):
@@ -35,15 +34,16 @@ def test_gae(T, N, gamma, lam, seed):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 20), st.floats(.05, .4), st.integers(0, 10**6))
-def test_loss(n, clip, seed):
+@given(st.integers(1, 20), st.floats(.05, .4), st.sampled_from((0., .1, .7)), st.integers(0, 10**6))
+def test_loss(n, clip, value_clip, seed):
     rng = np.random.default_rng(seed)
-    logp, old, value, advantage, returns, entropy = rng.normal(size=(6, n))
-    c = dict(clip=clip, value_coef=.5, entropy_coef=.01)
-    loss, _ = ppo_loss(*(torch.tensor(x) for x in (logp, entropy, value, old, advantage, returns)), c)
+    logp, old, value, advantage, returns, entropy, old_value = rng.normal(size=(7, n))
+    c = dict(clip=clip, value_clip=value_clip, value_coef=.5, entropy_coef=.01)
+    loss, _ = ppo_loss(*(torch.tensor(x) for x in (logp, entropy, value, old, advantage, returns, old_value)), c)
     ratio = np.exp(logp - old)
     gains = [min(r * a, np.clip(r, 1 - clip, 1 + clip) * a) for r, a in zip(ratio, advantage)]
-    expected = -np.mean(gains) + .5 * .5 * np.mean((value - returns)**2) - .01 * np.mean(entropy)
+    errors = [(v - r)**2 if not value_clip else max((v - r)**2, (o + np.clip(v - o, -value_clip, value_clip) - r)**2) for v, o, r in zip(value, old_value, returns)]
+    expected = -np.mean(gains) + .5 * .5 * np.mean(errors) - .01 * np.mean(entropy)
     assert loss.item() == pytest.approx(expected, abs=1e-9)
 
 
@@ -59,7 +59,7 @@ def test_ratio_of_a_fresh_policy_is_one(tiny):
     task = GeneralPoints('brief', tries=2)
     rng, c = seeded(0), dict(turns=2, temperature=1., gamma=.9, lam=.95, max_new_tokens=20)
     episodes = [Episode.start(task, task.sample(rng, 'train')) for _ in range(12)]
-    b = collect(model, value_head(128), tok, task, episodes, c, rng, 0)
+    b = collect(model, value_head(128), tok, task, episodes, c, lambda i: task.sample(rng, 'train'), 0)
     pick = np.random.default_rng(0).permutation(len(b['contexts']))[:7]
     with torch.no_grad(): logp, _, _ = score(model, None, [b['contexts'][i] for i in pick], [b['answers'][i] for i in pick])
     np.testing.assert_allclose((logp - b['logp'][pick]).exp().numpy(), 1., atol=1e-5)
@@ -100,6 +100,6 @@ def test_episodes_carry_on_and_finish(tiny):
     rng, c = seeded(1), dict(turns=3, temperature=1., gamma=.9, lam=.95, max_new_tokens=8)
     episodes = [Episode.start(task, p) for p in problem_set(task, 'train', 5)]
     before = [e.problem.key for e in episodes]
-    b = collect(model, value_head(128), tok, task, episodes, c, rng, 0)
+    b = collect(model, value_head(128), tok, task, episodes, c, lambda i: task.sample(rng, 'train'), 0)
     assert b['attempt'] == [0] * 5 + [1] * 5 + [0] * 5 and len(b['advantage']) == 15
     assert [e.problem.key for e in episodes] != before and all(len(e.verdicts) == 1 and e.problem.split == 'train' for e in episodes)

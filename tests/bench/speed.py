@@ -5,8 +5,9 @@ from rlheals.general_points import GeneralPoints
 from rlheals.models import encode, generate, load_model, set_up_torch
 from rlheals.ppo import score
 from rlheals.profiles import load_profile
-from rlheals.sft import expert_dataset, train_sft
+from rlheals.sft import train_sft
 from rlheals.tasks import problem_set, seeded
+from rlheals.views import expert_dataset
 
 
 def seconds(f, runs=3):

@@ -1,0 +1,142 @@
+"""What every task must keep to, stated once and run on all of them, in both wordings."""
+import time
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+from rlheals.tasks import STYLES, TASKS, Episode, check_task, fingerprint, load_task, problem_set, seeded, steps
+
+ALL = [(name, style) for name in TASKS for style in STYLES]
+every_task = pytest.mark.parametrize('name, style', ALL)
+seeds = st.integers(0, 2**32)
+
+
+def parts_add_up(v): return v.reward == sum(v.parts.values())
+
+
+@every_task
+def test_the_contract_that_ships(name, style): check_task(load_task(name, style=style), 30)
+
+
+@every_task
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_experts_are_right(name, style, data):
+    task = load_task(name, style=style)
+    start = task.sample(np.random.default_rng(data.draw(seeds)), data.draw(st.sampled_from(task.splits)))
+    for p in steps(task, start):
+        v = task.verify(p, task.expert(p, np.random.default_rng(data.draw(seeds))))
+        assert v.correct and parts_add_up(v) and v.reward > 0 and (v.reason, v.error) == ('', '')
+
+
+@every_task
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_no_text_breaks_a_verifier(name, style, data):
+    "Any unicode, texts of the answer's own letters, and answers with pieces moved, lost or doubled."
+    task = load_task(name, style=style)
+    p = task.sample(seeded(data.draw(st.integers(0, 50))), data.draw(st.sampled_from(('train', 'id', 'ood'))))
+    right = task.expert(p, seeded(0))
+    words = right.split(' ')
+    text = data.draw(st.text(max_size=400) | st.text(sorted(set(right)) + ['\0', '\ud800', '٣'], max_size=400)
+                     | st.lists(st.sampled_from(words + ['{', '}', '[', ']', '(', '"']), max_size=60).map(' '.join))
+    v = task.verify(p, text)
+    assert parts_add_up(v)
+    assert v.correct or (v.reason and v.error in task.errors and task.followup(p, v))
+
+
+BIG = {'unicode': '🂡漢\u202e' * 350_000, 'one letter': 'a' * 10**6, 'open braces': '{' * 10**6, 'open brackets': '{"cards": ' + '[' * 10**6, 'round brackets': '{ cards [ 1 ] number [ 1 ] formula ' + '(' * 10**6 + ' }',
+       'nested objects': '{"a":' * 200_000 + '1' + '}' * 200_000, 'quotes': '{' + '"' * 10**6 + '}', 'names without end': '{ cards number formula answer see plan do ' * 25_000,
+       'names': 'cards: ' * 140_000, 'spaces': '{ answer ' + ' ' * 10**6 + '}', 'NUL': '\0' * 10**6, 'digits': '{"answer": ' + '9' * 10**6 + '}', 'power': '{ cards [ 1 ] number [ 1 ] formula ' + '9**' * 300_000 + '9 }',
+       'sentences': '{"current observation": "' + 'You are. ' * 110_000 + '", "current instruction": "x", "action": "stop()"}', 'colons': '{ answer' + ' :' * 500_000 + '}',
+       'objects': '{"answer": x} ' * 70_000, 'fields': '{' + '"current observation" ' * 45_000 + '}'}
+
+
+@every_task
+@pytest.mark.parametrize('kind', BIG)
+def test_a_megabyte_is_read_in_linear_time(name, style, kind):
+    "A quarter of the text must take about a quarter of the time: no text can hang a verifier (the bound is on the ratio, and wide)."
+    task = load_task(name, style=style)
+    p = task.sample(seeded(1), 'train')
+
+    def seconds(text):
+        start = time.process_time()
+        v = task.verify(p, text)
+        assert not v.correct and parts_add_up(v)
+        return time.process_time() - start
+
+    text = BIG[kind]
+    small, large = min(seconds(text[:len(text) // 4]) for _ in range(3)), seconds(text)
+    assert large < 10 * small + .05, (small, large)
+
+
+@every_task
+@settings(max_examples=30, deadline=None)
+@given(seed=seeds, split=st.sampled_from(('train', 'id', 'ood', 'ood_dev')))
+def test_same_seed_same_problem(name, style, seed, split):
+    one, two = (load_task(name, style=style) for _ in range(2))
+    p, q = one.sample(np.random.default_rng(seed), split), two.sample(np.random.default_rng(seed), split)
+    assert p == q and p.data == q.data and one.prompt(p) == two.prompt(q) and p.split == split
+    assert one.expert(p, np.random.default_rng(seed)) == two.expert(q, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize('name', TASKS)
+def test_splits_are_disjoint(name):
+    "By key, over thousands of draws with different seeds; and the key is what the model is asked, in whatever disguise."
+    task = load_task(name)
+    keys = {split: {task.sample(rng, split).key for rng in [seeded(split, name)] for _ in range(2500 if split == 'train' else 600)} for split in ('train', 'id', 'ood', 'ood_dev')}
+    for a in keys:
+        for b in keys: assert a == b or not keys[a] & keys[b], (a, b)
+    assert min(map(len, keys.values())) > 20
+
+
+def test_matrices_do_not_come_back_in_disguise():
+    "Independent of the key: no test matrix is a training matrix with rows or columns moved, signs changed, or transposed."
+    from itertools import permutations
+
+    def disguises(m):
+        for t in (np.array(m), np.array(m).T):
+            for rows in permutations(range(t.shape[0])):
+                yield t[list(rows)]
+
+    def canonical(m):  # smallest of all row orders and transposes, with columns sorted and signs dropped
+        return min(tuple(sorted(map(tuple, np.abs(d).T.tolist()))) for d in disguises(m))
+
+    for name in ('rank', 'determinant'):
+        task = load_task(name)
+        train = {canonical(task.sample(rng, 'train').data['matrix']) for rng in [seeded('train')] for _ in range(400)}
+        tests = {canonical(p.data['matrix']) for split in ('id', 'ood') for p in problem_set(task, split, 100)}
+        if name == 'rank': assert not train & tests
+        else:  # here the determinant is part of what must be left the same: signs matter
+            of = lambda split, n: {(canonical(p.data['matrix']), p.data['determinant']) for p in [task.sample(r, split) for r in [seeded(split, 2)] for _ in range(n)]}
+            assert not of('train', 400) & (of('id', 200) | of('ood', 200))
+
+
+@every_task
+def test_problem_sets_do_not_repeat_and_are_named(name, style):
+    task = load_task(name, style=style)
+    n = 48 if name == 'navigation' else 200
+    problems = problem_set(task, 'id', n, 3)
+    assert len({task.prompt(p) for p in problems}) == n
+    assert fingerprint(problems) == fingerprint(problem_set(task, 'id', n, 3)) != fingerprint(problem_set(task, 'id', n, 4))
+
+
+@every_task
+def test_episodes(name, style):
+    "Wrong answers use up the tries, right ones end the episode or lead on; what the model reads next is never empty."
+    task = load_task(name, style=style, tries=3)
+    for p in problem_set(task, 'ood', 5):
+        e = Episode.start(task, p)
+        for _ in range(3):
+            assert not e.done(task) and e.turns[-1]
+            e.answer(task, 'no idea')
+        assert e.done(task) and not e.solved and e.attempts == [0, 1, 2]
+        e = Episode.start(task, p)
+        while not e.done(task):
+            e.answer(task, 'no idea'); assert e.tried == 1
+            e.answer(task, task.expert(e.problem, seeded(0)))
+        assert e.solved and e.first_error == 'format' and e.attempts == [0, 1] * (len(e.attempts) // 2)
+
+
+def test_unknown_options_are_named():
+    for name, bad in (('rank', dict(turns=3)), ('navigation', dict(turns=0)), ('general_points', dict(style='x')), ('chess', {})):
+        with pytest.raises(ValueError): load_task(name, **bad)
