@@ -7,7 +7,7 @@ __all__ = ['PAPER', 'HOME', 'TABLES', 'ChainError', 'sft_files', 'rl_files', 'gr
            'figure_inputs', 'figures_dir', 'provenance', 'draw_figure', 'progress', 'Job', 'snakemake', 'plan',
            'seconds', 'makespan', 'clock', 'execute', 'open_run']
 
-# %% ../nbs/19_chain.ipynb #d14297af
+# %% ../nbs/19_chain.ipynb #e83ca4ba
 import json, os, re, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,13 +17,13 @@ from .models import complete, pick_device
 from .profiles import Run
 from .tasks import TASKS
 
-# %% ../nbs/19_chain.ipynb #a9f0c9e8
+# %% ../nbs/19_chain.ipynb #e2996d45
 PAPER = (Path(__file__).parents[1] if '__file__' in globals() else Path('..').resolve())/'nbs'/'paper'  # the chain's notebooks
 
 class ChainError(RuntimeError):
     "A stage failed, or the chain cannot start: the message says which, and where its log is."
 
-# %% ../nbs/19_chain.ipynb #99f63860
+# %% ../nbs/19_chain.ipynb #c8d142b1
 def sft_files(run: Run) -> list[Path]:
     "What the SFT stage makes: its checkpoints and the table of losses."
     return [run.checkpoint('sft', s)/'model.safetensors' for s in run.config['sft']['checkpoints']] + [run.table('losses')]
@@ -36,13 +36,14 @@ def grpo_files(run: Run, start: int) -> list[Path]:
     "What GRPO from one checkpoint makes."
     return [run.checkpoint('grpo', start)/'model.safetensors', run.table(f'grpo-{start:06d}')]
 
-# %% ../nbs/19_chain.ipynb #24e37a33
+# %% ../nbs/19_chain.ipynb #54a38d25
 HOME = 'general_points'  # the task whose figures are not in a directory of their own
 
 TABLES = dict(  # table of a figure -> names of a run's tables
     evaluation=lambda run: [n for stage in ('sft', 'rl', 'grpo') for n in evaluation_parts(run, stage)],
     sft_evaluation=lambda run: [*evaluation_parts(run, 'sft')],
     losses=lambda run: ['losses'],
+    rl_log=lambda run: [f"rl-{max(run.config['rl']['starts']):06d}", f"grpo-{max(run.config['grpo']['starts']):06d}"],
     advantages=lambda run: [f'advantages-{s:06d}' for s in run.config['rl']['starts']],
     spectra=lambda run: ['spectra'],
     angles=lambda run: ['angles'],
@@ -58,9 +59,9 @@ def variants(
     return [replace(run, seed=s, task_name=t) for t in tasks or [run.task_name] for s in range(seeds)]
 
 def tasks_together(run: Run, tasks=(), seeds: int = 1) -> list[str]:
-    "The tasks that a figure across tasks shows: those asked for, and the paper's others that the run has evaluated before."
+    "The tasks that a figure across tasks shows: those asked for, and the paper's others that the run has done before."
     def evaluated(t):
-        try: return all(r.table(n).exists() for r in variants(run, seeds, [t]) for n in TABLES['evaluation'](r))
+        try: return all(r.table(n).exists() for r in variants(run, seeds, [t]) for kind in ('evaluation', 'rl_log') for n in TABLES[kind](r))
         except ValueError: return False  # the run's changes are no settings of that task
     asked = list(tasks or [run.task_name])
     return [t for t in TASKS if t in asked or evaluated(t)] + [t for t in asked if t not in TASKS]
@@ -84,7 +85,7 @@ def figures_dir(
     base = Path(run.root).resolve().parent/'figures' if run.dir.name == 'tiny' else run.dir/'figures'
     return base if run.task_name == HOME or figure in ACROSS else base/run.task_dir
 
-# %% ../nbs/19_chain.ipynb #3071b7e5
+# %% ../nbs/19_chain.ipynb #eb025e9d
 def provenance(run: Run, inputs: list[Path], seeds: int, tasks) -> dict:
     "Where a result comes from: package version and commit, settings, tasks, seeds, library versions, hashes of the inputs."
     import hashlib
@@ -113,7 +114,7 @@ def draw_figure(
     save(picture, data, stem, provenance(run, figure_inputs(run, figure, seeds, tasks), seeds, tasks))
     return stem.with_suffix('.png'), data
 
-# %% ../nbs/19_chain.ipynb #d35ff370
+# %% ../nbs/19_chain.ipynb #43694d79
 @contextmanager
 def progress(
     job: str,  # like `rl-000128`
@@ -137,7 +138,7 @@ def progress(
     try: yield write
     finally: path.unlink(missing_ok=True)
 
-# %% ../nbs/19_chain.ipynb #b6ce29a4
+# %% ../nbs/19_chain.ipynb #79871736
 @dataclass(frozen=True)
 class Job:
     "One notebook to execute."
@@ -186,7 +187,7 @@ def plan(run: Run, seeds: int = 1, targets=(), tasks=()) -> list[Job]:
     order = ('sft', 'evaluate', 'rl', 'grpo', 'spectra', 'surgery', 'figure')
     return sorted((Job(*what, tuple(f)) for what, f in found.items()), key=lambda j: (order.index(j.rule), j.task, j.seed, len(j.name), j.name))
 
-# %% ../nbs/19_chain.ipynb #378ec1fc
+# %% ../nbs/19_chain.ipynb #986430be
 def seconds(job: Job, run: Run) -> float:
     "A rough time for a job, in seconds."
     c = (replace(run, task_name=job.task) if job.task else run).config
@@ -206,7 +207,7 @@ def makespan(jobs: list[Job], run: Run, cores: int) -> float:
     first = sum(seconds(j, run) for j in jobs if j.rule == 'sft')
     return first + sum(seconds(j, run) for j in jobs if j.rule != 'sft') / cores
 
-# %% ../nbs/19_chain.ipynb #96dcbb2c
+# %% ../nbs/19_chain.ipynb #257faf78
 def clock(s: float) -> str:
     "Seconds as minutes:seconds."
     return f"{int(s) // 60}:{int(s) % 60:02d}"
@@ -294,7 +295,7 @@ def _left(cost, done, part, elapsed, jobs):  # seconds; the estimate, corrected 
     rate = (gone + .1 * total) / (elapsed + .1 * prior)  # starts at the estimate, follows the facts
     return (total - gone) / rate
 
-# %% ../nbs/19_chain.ipynb #53667409
+# %% ../nbs/19_chain.ipynb #454379ad
 def open_run(
     profile: str = 'tiny',
     changes: str = '',  # `section.key=value`, several with `;` between

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['expansion', 'brief_number', 'joined', 'Determinant']
 
-# %% ../nbs/04_determinant.ipynb #598cf177
+# %% ../nbs/04_determinant.ipynb #3c232f98
 from .rank import disguise_free, eliminate, shown, verify_integer
 from .tasks import Problem, Task, home_of
 
-# %% ../nbs/04_determinant.ipynb #c88c2b2f
+# %% ../nbs/04_determinant.ipynb #35672e16
 def expansion(
     matrix,  # square, rows of whole numbers
 ) -> tuple[list[int], list[int]]:
@@ -33,7 +33,7 @@ def joined(
     sign = '-' * head.startswith('-')
     return f'{head}{int(rest):02d}' if h and head.removeprefix(sign).isdecimal() and rest.isdecimal() and rest.isascii() and len(rest) < 3 else text
 
-# %% ../nbs/04_determinant.ipynb #4b3e0aae
+# %% ../nbs/04_determinant.ipynb #d8d4d6d2
 class Determinant(Task):
     "The determinant of a matrix of whole numbers: 2 x 2 (ID) or 3 x 3 (OOD)."
     name, errors = 'determinant', dict(format='format', answer='solving')

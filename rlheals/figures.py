@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['ERRORS', 'TASK_NAMES', 'KINDS', 'FIGURES', 'NEEDS', 'ACROSS', 'f1', 'f2', 'f3', 'f4', 'f5', 'f6', 'f7', 'f8', 'f10',
-           'f11', 'draw']
+           'f11', 's1', 'draw']
 
-# %% ../nbs/18_figures.ipynb #5b885ac1
+# %% ../nbs/18_figures.ipynb #68c197a3
 import numpy as np
 from .plots import EDITS, MUTED, RL, SFT, SPLITS, curve, figure, percent_axis, reach, rows, steps_axis, top_legend, with_seeds
 from .stats import differences, landmarks, summarise
 
-# %% ../nbs/18_figures.ipynb #3b9e6042
+# %% ../nbs/18_figures.ipynb #67795035
 def _above(x, gap):  # stretches (left, right) of x where the polyline of gap is above 0
     out = []
     for a, b, u, v in zip(x, x[1:], gap, gap[1:]):
@@ -56,7 +56,7 @@ def f1(tables):
                      Patch(color=RL, alpha=.12, lw=0, label='RL above SFT on average')])
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #539ab0bb
+# %% ../nbs/18_figures.ipynb #93c36df5
 def _by_split(ax, data, best, scale=100, named=True):  # a curve per split; best: the step of SFT's best OOD accuracy
     ax.axvline(best, color=MUTED, lw=.8, ls=':', zorder=0)
     if named: ax.annotate('best OOD', (best, 1), (0, 1.5), xycoords=('data', 'axes fraction'), textcoords='offset points',
@@ -77,7 +77,7 @@ def f2(tables):
     top_legend(fig, handles)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #3ae65151
+# %% ../nbs/18_figures.ipynb #bc70909e
 @figure('losses', 'sft_evaluation')
 def f3(tables):
     "Loss per answer token along SFT, on training examples and on ID and OOD test problems (95 % intervals over seeds). Dotted: the checkpoint with the best OOD accuracy."
@@ -94,7 +94,7 @@ def f3(tables):
     top_legend(fig, handles)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #120e00ce
+# %% ../nbs/18_figures.ipynb #f56162b7
 ERRORS = dict(format_error='answer not in the format', rule_error='numbers read wrong', solving_error='solved wrong')
 
 @figure('sft_evaluation')
@@ -112,7 +112,7 @@ def f4(tables):
     top_legend(fig, handles)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #c6eb9a31
+# %% ../nbs/18_figures.ipynb #75458556
 TASK_NAMES = dict(general_points='GeneralPoints', navigation='Navigation', rank='Rank', determinant='Determinant')
 
 def _landmark_bars(ax, e):  # bars of one task; the table drawn
@@ -154,7 +154,7 @@ def f5(tables):
     top_legend(fig, axes.flat[0].get_legend_handles_labels()[0])
     return fig, pd.concat(data, ignore_index=True)
 
-# %% ../nbs/18_figures.ipynb #89b4c835
+# %% ../nbs/18_figures.ipynb #1c3d63e0
 @figure('advantages')
 def f6(tables):
     "PPO's raw advantages by the SFT step RL started from: their distribution (the outermost bins hold what lies beyond), the share above zero, and the skewness, mean over updates (95 % intervals)."
@@ -192,7 +192,7 @@ def f6(tables):
     for axis in (ax, share, skew): axis.grid(False); axis.tick_params(axis='y', length=0)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #9eb45e55
+# %% ../nbs/18_figures.ipynb #d3f5e217
 KINDS = dict(q_proj='query', k_proj='key', v_proj='value', down_proj='MLP, down')
 
 def _over_layers(df, by):  # mean over seeds, then mean and range over layers
@@ -232,7 +232,7 @@ def f7(tables):
     top_legend(fig, axes[0, 0].get_legend_handles_labels()[0])
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #94eccb81
+# %% ../nbs/18_figures.ipynb #347cf9af
 def _pair_look(pairs):  # colour by family (SFT, RL), lighter from the second of a family on
     seen = {}
     for p in pairs: seen.setdefault('RL' if p.startswith('RL') else 'SFT', []).append(p)
@@ -271,7 +271,7 @@ def f8(tables):
                + [Line2D([], [], color='#222222', lw=1, ls=ls, label=f'{s} vectors') for s, ls in sides.items()], ncols=3)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #973165a1
+# %% ../nbs/18_figures.ipynb #6c38e6be
 def _surgery(tables, sweep):  # summary of one sweep's edits, and of the target and donor
     import pandas as pd
     s = rows(tables['surgery'], 'surgery', metric='success', split=('id', 'ood'))
@@ -308,7 +308,7 @@ def f10(tables):
     top_legend(fig, [*references, *handles.values()], ncols=4)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #c8cdbf06
+# %% ../nbs/18_figures.ipynb #b532b60f
 def _block_key(block):  # all layers last, others by their first layer, short blocks first
     first, _, last = block.partition('-')
     return (1, 0, 0) if block == 'all' else (0, int(last or first) - int(first), int(first))
@@ -339,8 +339,29 @@ def f11(tables):
     top_legend(fig, [*references, *handles.values()])
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #42bf4549
-FIGURES = dict(F1=f1, F2=f2, F3=f3, F4=f4, F5=f5, F6=f6, F7=f7, F8=f8, F10=f10, F11=f11)
+# %% ../nbs/18_figures.ipynb #724ade5a
+@figure('rl_log', across_tasks=True)
+def s1(tables):
+    "Mean reward per answer on training problems, along RL from the last SFT checkpoint, per task (band: 95 % interval over seeds; thin: seeds)."
+    import matplotlib.pyplot as plt, pandas as pd
+    log = rows(tables['rl_log'], 'rl_log', metric='reward')
+    by_task = dict(list(log.groupby('task', sort=False))) if 'task' in log else {'': log}
+    fig, axes = plt.subplots(1, len(by_task), figsize=(7 if len(by_task) > 2 else 3.4 * len(by_task), 2.1), squeeze=False)
+    data, handles = [], {}
+    for ax, (task, part) in zip(axes.flat, by_task.items()):
+        for stage, (label, colour) in dict(rl=('PPO', RL), grpo=('GRPO', '#7B5EA7')).items():
+            if (d := part[part.stage == stage]).empty: continue
+            curves = with_seeds(d, ['update']).assign(stage=stage, task=task)
+            handles[stage] = curve(ax, curves, 'update', colour, label=label)
+            data.append(curves)
+        if len(by_task) > 1: ax.set_title(TASK_NAMES.get(task, task))
+        ax.set_xlabel('update')
+    axes.flat[0].set_ylabel('reward per answer')
+    top_legend(fig, list(handles.values()))
+    return fig, pd.concat(data, ignore_index=True)
+
+# %% ../nbs/18_figures.ipynb #a99556e2
+FIGURES = dict(F1=f1, F2=f2, F3=f3, F4=f4, F5=f5, F6=f6, F7=f7, F8=f8, F10=f10, F11=f11, S1=s1)
 NEEDS = {name: f.needs for name, f in FIGURES.items()}  # the tables of each figure
 ACROSS = tuple(name for name, f in FIGURES.items() if f.across_tasks)  # figures that show several tasks side by side
 

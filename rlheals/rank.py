@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['eliminate', 'disguise_free', 'shown', 'verify_integer', 'Rank']
 
-# %% ../nbs/03_rank.ipynb #8dbc15ca
+# %% ../nbs/03_rank.ipynb #06e2e4bc
 from .tasks import Problem, Task, Verdict, answer_reader, home_of, read_integer
 
-# %% ../nbs/03_rank.ipynb #a441cafa
+# %% ../nbs/03_rank.ipynb #4f9330ee
 def eliminate(
     matrix,  # rows of whole numbers
+    enough: int | None = None,  # stop at this rank: it is known not to be higher, or of no interest
 ) -> tuple[int, int]:
-    "Rank, and determinant (of a square matrix; otherwise 0 or without meaning), exactly, by fraction-free elimination."
+    "Rank, and determinant (of a square matrix, without `enough`; otherwise 0), exactly, by fraction-free elimination."
     rows = [list(map(int, r)) for r in matrix]
     rank, last, sign, columns = 0, 1, 1, len(rows[0]) if rows else 0
-    for c in range(columns):
+    for c in range(columns if enough != 0 else 0):
         pivot = next((r for r in range(rank, len(rows)) if rows[r][c]), None)
         if pivot is None: continue
         if pivot != rank: rows[rank], rows[pivot], sign = rows[pivot], rows[rank], -sign
@@ -26,18 +27,15 @@ def eliminate(
             x = row[c]
             rows[r] = [(head * a - x * b) // last for a, b in zip(row, top)]
         last, rank = head, rank + 1
-        if rank == len(rows): break
-    return rank, sign * last if rank == len(rows) == columns else 0
+        if rank == len(rows) or rank == enough: break
+    return rank, sign * last if rank == len(rows) == columns and enough is None else 0
 
-# %% ../nbs/03_rank.ipynb #fb85d82d
+# %% ../nbs/03_rank.ipynb #8c37ccbe
 def disguise_free(
     matrix,  # rows of whole numbers
 ) -> tuple:
     "A key that permuting or negating rows and columns and transposing leave as it is."
-    sizes = [[abs(x) for x in r] for r in matrix]
-    rows = tuple(sorted(tuple(sorted(r)) for r in sizes))
-    columns = tuple(sorted(tuple(sorted(c)) for c in zip(*sizes)))
-    return (rows, columns) if (len(rows), rows) < (len(columns), columns) else (columns, rows)
+    return tuple(sorted([abs(x) for r in matrix for x in r]))
 
 def shown(
     matrix,
@@ -47,7 +45,7 @@ def shown(
     if style == 'paper': return str([list(r) for r in matrix])
     return ' '.join(f"[ {' '.join(map(str, r))} ]" for r in matrix)
 
-# %% ../nbs/03_rank.ipynb #bb6071e9
+# %% ../nbs/03_rank.ipynb #4a66d126
 _READ = answer_reader('answer')
 
 def verify_integer(
@@ -84,7 +82,7 @@ class Rank(Task):
         (m, n), most = ((5, 4), 5) if ood else ((4, 5), 4)
         while True:
             factors = rng.integers(-most, most + 1, (m + n, rank))
-            if eliminate(matrix := (factors[:m] @ factors[m:].T).tolist())[0] == rank: return matrix
+            if eliminate(matrix := (factors[:m] @ factors[m:].T).tolist(), rank)[0] == rank: return matrix  # higher it cannot be
 
     def prompt(self, problem):
         matrix = problem.data['matrix']
