@@ -23,7 +23,7 @@ class AnyText(spaces.Text):
 
 class TaskEnv(gymnasium.Env):
     "An episode of a task as a Gymnasium environment: text in, text out, seeded."
-    metadata = dict(render_modes=['ansi'])
+    metadata = dict(render_modes=['ansi'], render_fps=1)  # frames mean nothing for text, but Gymnasium asks
 
     def __init__(self,
         task: str | Task = 'general_points',  # a task or its name

@@ -1,9 +1,11 @@
 """The verifier against an independent evaluator, on every solution and on many mutations."""
 import ast, operator, random
 from fractions import Fraction
+from functools import lru_cache
+from itertools import combinations_with_replacement, permutations
 import pytest
 from hypothesis import given, settings, strategies as st
-from rlheals.general_points import FACES, RULES, FormulaError, GeneralPoints, all_hands, card_value, parse_answer, parse_formula, solve, split_hands
+from rlheals.general_points import FACES, RULES, FormulaError, GeneralPoints, all_hands, card_value, parse_answer, parse_formula, solve, solve_all, split_hands
 
 TASKS = [GeneralPoints('paper'), GeneralPoints('brief')]
 OPS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
@@ -44,16 +46,29 @@ def test_every_solution_of_every_hand_is_accepted(split):
 
 
 def test_solver_finds_what_an_exhaustive_search_finds():
-    "Independent search: combine two numbers at a time."
+    "Independent search, combining two numbers at a time, on all hands of 1-13; and the known counts."
+    @lru_cache(maxsize=None)
     def reach(xs):
         if len(xs) == 1: return xs[0] == 24
-        return any(reach([r, *(x for k, x in enumerate(xs) if k not in (i, j))])
+        return any(reach(tuple(sorted([r, *(x for k, x in enumerate(xs) if k not in (i, j))])))
                    for i in range(len(xs)) for j in range(len(xs)) if i != j
                    for r in [xs[i] + xs[j], xs[i] - xs[j], xs[i] * xs[j]] + ([xs[i] / xs[j]] if xs[j] else []))
-    rng = random.Random(0)
-    for _ in range(150):
-        values = [rng.randint(1, 13) for _ in range(4)]
-        assert bool(solve(values)) == reach([Fraction(v) for v in values]), values
+    solved = solve_all(combinations_with_replacement(range(1, 14), 4))
+    for values, formulas in solved.items(): assert bool(formulas) == reach(tuple(map(Fraction, values))), values
+    assert (len(solved), sum(map(bool, solved.values())), sum(bool(f) for v, f in solved.items() if max(v) <= 10)) == (1820, 1362, 566)
+
+
+@pytest.mark.parametrize('values, target', [((3, 3, 8, 8), 24), ((1, 2, 7, 13), 24), ((2, 5, 9), 7), ((4, 6), 24), ((1, 5, 5, 5), 24), ((2, 3, 11, 40), 61)])
+def test_every_formula_is_found_once(values, target):
+    "Against all orders, operators and bracketings written out as text and evaluated by Python's own grammar."
+    def trees(xs):
+        if len(xs) == 1: yield str(xs[0])
+        for k in range(1, len(xs)):
+            for left in trees(xs[:k]):
+                for right in trees(xs[k:]):
+                    for op in '+-*/': yield f'({left}{op}{right})'
+    expected = {f[1:-1] for order in set(permutations(values)) for f in trees(order) if oracle(f, values, target)}
+    assert set(solve(values, target)) == expected and len(solve(values, target)) == len(expected)
 
 
 def mutate(rng, text):

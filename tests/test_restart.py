@@ -1,6 +1,5 @@
 """An RL job that is killed again and again ends with the weights and tables of one that never was."""
 import os, random, signal, subprocess, sys, time
-from pathlib import Path
 import pytest
 from rlheals.models import load_model, save_model
 from rlheals.profiles import Run
