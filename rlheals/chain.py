@@ -7,7 +7,7 @@ __all__ = ['PAPER', 'HOME', 'TABLES', 'ChainError', 'sft_files', 'rl_files', 'gr
            'figure_inputs', 'figures_dir', 'provenance', 'draw_figure', 'progress', 'Job', 'snakemake', 'plan',
            'seconds', 'makespan', 'clock', 'execute', 'open_run']
 
-# %% ../nbs/19_chain.ipynb #ba623aa7
+# %% ../nbs/19_chain.ipynb #5f835e7e
 import json, os, re, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,13 +17,13 @@ from .models import complete, pick_device
 from .profiles import Run
 from .tasks import TASKS
 
-# %% ../nbs/19_chain.ipynb #85101aee
+# %% ../nbs/19_chain.ipynb #a3a30146
 PAPER = (Path(__file__).parents[1] if '__file__' in globals() else Path('..').resolve())/'nbs'/'paper'  # the chain's notebooks
 
 class ChainError(RuntimeError):
     "A stage failed, or the chain cannot start: the message says which, and where its log is."
 
-# %% ../nbs/19_chain.ipynb #2005be09
+# %% ../nbs/19_chain.ipynb #09461fe8
 def sft_files(run: Run) -> list[Path]:
     "What the SFT stage makes: its checkpoints and the table of losses."
     return [run.checkpoint('sft', s)/'model.safetensors' for s in run.config['sft']['checkpoints']] + [run.table('losses')]
@@ -36,7 +36,7 @@ def grpo_files(run: Run, start: int) -> list[Path]:
     "What GRPO from one checkpoint makes."
     return [run.checkpoint('grpo', start)/'model.safetensors', run.table(f'grpo-{start:06d}')]
 
-# %% ../nbs/19_chain.ipynb #045be9af
+# %% ../nbs/19_chain.ipynb #19e978a6
 HOME = 'general_points'  # the task whose figures are not in a directory of their own
 
 TABLES = dict(  # table of a figure -> names of a run's tables
@@ -50,6 +50,7 @@ TABLES = dict(  # table of a figure -> names of a run's tables
     rotation=lambda run: ['rotation'],
     energy=lambda run: ['energy'],
     surgery=lambda run: ['surgery-rank', 'surgery-layers'],
+    imposed=lambda run: ['surgery-impose'],
 )
 
 def variants(
@@ -87,7 +88,7 @@ def figures_dir(
     base = Path(run.root).resolve().parent/'figures' if run.dir.name == 'tiny' else run.dir/'figures'
     return base if run.task_name == HOME or figure in ACROSS else base/run.task_dir
 
-# %% ../nbs/19_chain.ipynb #11328666
+# %% ../nbs/19_chain.ipynb #f37ece16
 def provenance(run: Run, inputs: list[Path], seeds: int, tasks) -> dict:
     "Where a result comes from: package version and commit, settings, tasks, seeds, library versions, hashes of the inputs."
     import hashlib
@@ -116,7 +117,7 @@ def draw_figure(
     save(picture, data, stem, provenance(run, figure_inputs(run, figure, seeds, tasks), seeds, tasks))
     return stem.with_suffix('.png'), data
 
-# %% ../nbs/19_chain.ipynb #c8346870
+# %% ../nbs/19_chain.ipynb #bff7417a
 @contextmanager
 def progress(
     job: str,  # like `rl-000128`
@@ -140,7 +141,7 @@ def progress(
     try: yield write
     finally: path.unlink(missing_ok=True)
 
-# %% ../nbs/19_chain.ipynb #225cefbf
+# %% ../nbs/19_chain.ipynb #b6904e74
 @dataclass(frozen=True)
 class Job:
     "One notebook to execute."
@@ -189,7 +190,7 @@ def plan(run: Run, seeds: int = 1, targets=(), tasks=()) -> list[Job]:
     order = ('sft', 'evaluate', 'rl', 'grpo', 'spectra', 'surgery', 'figure')
     return sorted((Job(*what, tuple(f)) for what, f in found.items()), key=lambda j: (order.index(j.rule), j.task, j.seed, len(j.name), j.name))
 
-# %% ../nbs/19_chain.ipynb #fe80471d
+# %% ../nbs/19_chain.ipynb #8a2f3743
 def seconds(job: Job, run: Run) -> float:
     "A rough time for a job, in seconds."
     c = (replace(run, task_name=job.task) if job.task else run).config
@@ -200,7 +201,8 @@ def seconds(job: Job, run: Run) -> float:
     if job.rule == 'grpo': return 12 + c['grpo']['updates'] * c['grpo']['responses'] * (.008 + .004 * c['grpo']['epochs'])
     if job.rule == 'evaluate': return 9 + e['per_job'] * evaluation
     if job.rule == 'surgery':
-        tried = len(c['surgery']['ranks']) * len(c['surgery']['edits']) + 2 if 'rank' in job.name else c['surgery']['blocks'] + 3
+        edits = dict(rank=len(c['surgery']['edits']), impose=3).get(job.name.partition('-')[2])
+        tried = len(c['surgery']['ranks']) * edits + 2 if edits else c['surgery']['blocks'] + 3
         return 10 + tried * evaluation
     return 10 if job.rule == 'spectra' else 6
 
@@ -209,7 +211,7 @@ def makespan(jobs: list[Job], run: Run, cores: int) -> float:
     first = sum(seconds(j, run) for j in jobs if j.rule == 'sft')
     return first + sum(seconds(j, run) for j in jobs if j.rule != 'sft') / cores
 
-# %% ../nbs/19_chain.ipynb #1499469c
+# %% ../nbs/19_chain.ipynb #857a527e
 def clock(s: float) -> str:
     "Seconds as minutes:seconds."
     return f"{int(s) // 60}:{int(s) % 60:02d}"
@@ -297,7 +299,7 @@ def _left(cost, done, part, elapsed, jobs):  # seconds; the estimate, corrected 
     rate = (gone + .1 * total) / (elapsed + .1 * prior)  # starts at the estimate, follows the facts
     return (total - gone) / rate
 
-# %% ../nbs/19_chain.ipynb #14756c08
+# %% ../nbs/19_chain.ipynb #3b223159
 def open_run(
     profile: str = 'tiny',
     changes: str = '',  # `section.key=value`, several with `;` between

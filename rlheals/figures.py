@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['ERRORS', 'TASK_NAMES', 'KINDS', 'FIGURES', 'NEEDS', 'ACROSS', 'f1', 'f2', 'f3', 'f4', 'f5', 'f6', 'f7', 'f8', 'f9',
-           'f10', 'f11', 'f13', 's1', 'draw']
+           'f10', 'f12', 'f11', 'f13', 's1', 'draw']
 
-# %% ../nbs/18_figures.ipynb #830a1606
+# %% ../nbs/18_figures.ipynb #60fa93c6
 import numpy as np
 from .plots import EDITS, MUTED, RL, SFT, SPLITS, curve, figure, percent_axis, reach, rows, steps_axis, top_legend, with_seeds
 from .stats import differences, landmarks, summarise
 
-# %% ../nbs/18_figures.ipynb #88eccd55
+# %% ../nbs/18_figures.ipynb #c472f053
 def _above(x, gap):  # stretches (left, right) of x where the polyline of gap is above 0
     out = []
     for a, b, u, v in zip(x, x[1:], gap, gap[1:]):
@@ -56,7 +56,7 @@ def f1(tables):
                      Patch(color=RL, alpha=.12, lw=0, label='RL above SFT on average')])
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #014946cb
+# %% ../nbs/18_figures.ipynb #4a3af12e
 def _by_split(ax, data, best, scale=100, named=True):  # a curve per split; best: the step of SFT's best OOD accuracy
     ax.axvline(best, color=MUTED, lw=.8, ls=':', zorder=0)
     if named: ax.annotate('best OOD', (best, 1), (0, 1.5), xycoords=('data', 'axes fraction'), textcoords='offset points',
@@ -77,7 +77,7 @@ def f2(tables):
     top_legend(fig, handles)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #38bd953a
+# %% ../nbs/18_figures.ipynb #56220f75
 @figure('losses', 'sft_evaluation')
 def f3(tables):
     "Loss per answer token along SFT, on training examples and on ID and OOD test problems (95 % intervals over seeds). Dotted: the checkpoint with the best OOD accuracy."
@@ -94,7 +94,7 @@ def f3(tables):
     top_legend(fig, handles)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #56bc8936
+# %% ../nbs/18_figures.ipynb #4447a125
 ERRORS = dict(format_error='answer not in the format', rule_error='numbers read wrong', solving_error='solved wrong')
 
 @figure('sft_evaluation')
@@ -112,7 +112,7 @@ def f4(tables):
     top_legend(fig, handles)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #0d01ac61
+# %% ../nbs/18_figures.ipynb #4f67fa1a
 TASK_NAMES = dict(general_points='GeneralPoints', navigation='Navigation', rank='Rank', determinant='Determinant')
 
 def _landmark_bars(ax, e):  # bars of one task; the table drawn
@@ -154,7 +154,7 @@ def f5(tables):
     top_legend(fig, axes.flat[0].get_legend_handles_labels()[0])
     return fig, pd.concat(data, ignore_index=True)
 
-# %% ../nbs/18_figures.ipynb #3c977c71
+# %% ../nbs/18_figures.ipynb #95ccd39f
 @figure('advantages')
 def f6(tables):
     "PPO's raw advantages by the SFT step RL started from: their distribution (the outermost bins hold what lies beyond), the share above zero, and the skewness, mean over updates (95 % intervals)."
@@ -192,7 +192,7 @@ def f6(tables):
     for axis in (ax, share, skew): axis.grid(False); axis.tick_params(axis='y', length=0)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #a97082d9
+# %% ../nbs/18_figures.ipynb #4a1e74f5
 KINDS = dict(q_proj='query', k_proj='key', v_proj='value', down_proj='MLP, down')
 
 def _over_layers(df, by):  # mean over seeds, then mean and range over layers
@@ -232,7 +232,7 @@ def f7(tables):
     top_legend(fig, axes[0, 0].get_legend_handles_labels()[0])
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #e737e0eb
+# %% ../nbs/18_figures.ipynb #c5c75207
 def _pair_look(pairs):  # colour by family (SFT, RL), lighter from the second of a family on
     seen = {}
     for p in pairs: seen.setdefault('RL' if p.startswith('RL') else 'SFT', []).append(p)
@@ -271,7 +271,7 @@ def f8(tables):
                + [Line2D([], [], color='#222222', lw=1, ls=ls, label=f'{s} vectors') for s, ls in sides.items()], ncols=3)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #b2b60191
+# %% ../nbs/18_figures.ipynb #1497b10c
 @figure('rotation', 'sft_evaluation')
 def f9(tables):
     "OOD accuracy of the SFT checkpoints against the mean principal angle of their leading singular subspaces, from the base and from SFT_MaxOOD (star; bars: 95 % intervals of accuracy; faint: before SFT_MaxOOD)."
@@ -300,7 +300,7 @@ def f9(tables):
     percent_axis(axes[0], 'OOD accuracy (%)')
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #e12f16b4
+# %% ../nbs/18_figures.ipynb #11fe0556
 def _surgery(tables, sweep):  # summary of one sweep's edits, and of the target and donor
     import pandas as pd
     s = rows(tables['surgery'], 'surgery', metric='success', split=('id', 'ood'))
@@ -316,11 +316,8 @@ def _references(ax, data):  # lines across for target and donor, with their inte
             ax.axhspan(100 * d.low, 100 * d.high, color=SFT, alpha=.07, lw=0, zorder=0)
             yield ax.axhline(100 * d.mean, color=SFT, lw=.9, ls=ls, zorder=1.5, label={'none': 'target as it is', 'donor': 'donor as it is'}[edit])
 
-@figure('surgery')
-def f10(tables):
-    "Accuracy of the target model after the donor's directions are put back, by the share of the rank that is replaced, with controls (95 % intervals). Lines across: the target and the donor as they are."
+def _by_rank(data):
     import matplotlib.pyplot as plt
-    data = _surgery(tables, 'rank')
     fig, axes = plt.subplots(1, 2, figsize=(7, 2.9))
     for ax, split in zip(axes, ('id', 'ood')):
         d, handles = data[data.split == split], {}
@@ -337,7 +334,17 @@ def f10(tables):
     top_legend(fig, [*references, *handles.values()], ncols=4)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #12ff7731
+@figure('surgery')
+def f10(tables):
+    "Accuracy of the target model after the donor's directions are put back, by the share of the rank that is replaced, with controls (95 % intervals). Lines across: the target and the donor as they are."
+    return _by_rank(_surgery(tables, 'rank'))
+
+@figure('imposed')
+def f12(tables):
+    "Accuracy of the model after RL (target: RL_End) with the directions of the SFT checkpoint it started from (donor: SFT_End) imposed on it, by the share of the rank that is replaced, with controls (95 % intervals)."
+    return _by_rank(_surgery(dict(surgery=tables['imposed']), 'impose'))
+
+# %% ../nbs/18_figures.ipynb #13debac3
 def _block_key(block):  # all layers last, others by their first layer, short blocks first
     first, _, last = block.partition('-')
     return (1, 0, 0) if block == 'all' else (0, int(last or first) - int(first), int(first))
@@ -368,7 +375,7 @@ def f11(tables):
     top_legend(fig, [*references, *handles.values()])
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #b1d5b48a
+# %% ../nbs/18_figures.ipynb #61bba5c9
 @figure('energy')
 def f13(tables):
     "Above: shares of an update's energy, by matrix, mean over layers (bars: 95 % intervals over layers and seeds; dots: seeds; dotted: an update without structure). Below: root mean square of U^T dW V in blocks, for q of the middle layer, relative to the whole (log scale)."
@@ -400,7 +407,7 @@ def f13(tables):
     top_legend(fig, axes[0, 0].get_legend_handles_labels()[0])
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #c77c61a0
+# %% ../nbs/18_figures.ipynb #866e68eb
 @figure('rl_log', across_tasks=True)
 def s1(tables):
     "Mean reward per answer on training problems, along RL from the last SFT checkpoint, per task (band: 95 % interval over seeds; thin: seeds)."
@@ -421,8 +428,8 @@ def s1(tables):
     top_legend(fig, list(handles.values()))
     return fig, pd.concat(data, ignore_index=True)
 
-# %% ../nbs/18_figures.ipynb #fecdc70c
-FIGURES = dict(F1=f1, F2=f2, F3=f3, F4=f4, F5=f5, F6=f6, F7=f7, F8=f8, F9=f9, F10=f10, F11=f11, F13=f13, S1=s1)
+# %% ../nbs/18_figures.ipynb #3b1b0431
+FIGURES = dict(F1=f1, F2=f2, F3=f3, F4=f4, F5=f5, F6=f6, F7=f7, F8=f8, F9=f9, F10=f10, F11=f11, F12=f12, F13=f13, S1=s1)
 NEEDS = {name: f.needs for name, f in FIGURES.items()}  # the tables of each figure
 ACROSS = tuple(name for name, f in FIGURES.items() if f.across_tasks)  # figures that show several tasks side by side
 

@@ -6,7 +6,7 @@
 __all__ = ['TAKES', 'join', 'splice', 'interpolate', 'interpolate_matched', 'random_rotation', 'edit_matrix', 'how_far',
            'Surgery', 'operate', 'surgery_plan', 'surgery_stage']
 
-# %% ../nbs/16_surgery.ipynb #7e8b1320
+# %% ../nbs/16_surgery.ipynb #b0da11cc
 from .evaluate import evaluate, evaluation_parts
 from .models import load_model, pick_device, set_up_torch
 from .profiles import EDITS, Run
@@ -14,7 +14,7 @@ from .spectra import check_same, finite, full_precision, parse_name, principal_a
 from .stats import landmarks
 from .tasks import hash64
 
-# %% ../nbs/16_surgery.ipynb #29408f92
+# %% ../nbs/16_surgery.ipynb #3cadb89d
 TAKES = ('directions', 'both', 'values')
 
 def join(
@@ -42,7 +42,7 @@ def splice(
     U, V = (Ut, Vt) if take == 'values' else (torch.where(swap, Ud, Ut), torch.where(swap[:, None], Vd, Vt))
     return join((U, St if take == 'directions' else torch.where(swap, Sd, St), V))
 
-# %% ../nbs/16_surgery.ipynb #977b9ddc
+# %% ../nbs/16_surgery.ipynb #d5beabb4
 def interpolate(
     donor,  # (m, n)
     target,  # (m, n)
@@ -60,7 +60,7 @@ def interpolate_matched(
     gap = (donor - target).norm()
     return interpolate(donor, target, distance / gap) if gap > 0 else target.clone()
 
-# %% ../nbs/16_surgery.ipynb #4e0c32ca
+# %% ../nbs/16_surgery.ipynb #b07ca7e7
 def _random_basis(A, n, generator):  # n random orthonormal columns, orthogonal to those of A
     import torch
     noise = torch.randn(len(A), n, generator=generator, dtype=torch.float64).to(A)  # drawn on the CPU: the same on every device
@@ -85,7 +85,7 @@ def random_rotation(
         return torch.cat([(A @ P * theta.cos() + Q * theta.sin()) @ P.T, ours[:, k_top:]], 1)
     return turned(donor[0], Ut), S, turned(donor[2].T, Vt.T).T
 
-# %% ../nbs/16_surgery.ipynb #5f0713ec
+# %% ../nbs/16_surgery.ipynb #267fba9d
 def edit_matrix(
     donor,  # U (m, r), S (r), Vt (r, n)
     target,  # the same shapes
@@ -110,7 +110,7 @@ def how_far(
     gap, move = donor - target, edited - target
     return dict(size=(move.norm() / gap.norm()).item(), progress=((move * gap).sum() / gap.norm()**2).item(), left=((donor - edited).norm() / gap.norm()).item())
 
-# %% ../nbs/16_surgery.ipynb #f8ee57c3
+# %% ../nbs/16_surgery.ipynb #396133e5
 class Surgery:
     "Edits of a target model towards a donor. Keeps the SVDs of both in memory: up to four times the model in float32."
     def __init__(self,
@@ -147,7 +147,7 @@ class Surgery:
             return edit_matrix(donor, target, edit, rank_of_share(share, len(target[1])), hash64(seed, name)).to(self.target[name])
         return {n: changed(n) for n, i in self.layers.items() if layers is None or i in layers}
 
-# %% ../nbs/16_surgery.ipynb #8675bada
+# %% ../nbs/16_surgery.ipynb #29cff9c0
 def operate(*,  # by keyword only: donor and target are too easily swapped
     target_weights: dict,  # name -> tensor, as from `model.state_dict()`
     donor_weights: dict,  # the same
@@ -159,22 +159,24 @@ def operate(*,  # by keyword only: donor and target are too easily swapped
     "One edit; for several on the same pair make a `Surgery` once."
     return Surgery(donor_weights, target_weights).edit(edit, share, layers, seed)
 
-# %% ../nbs/16_surgery.ipynb #75ecb801
+# %% ../nbs/16_surgery.ipynb #39cb81a2
 def surgery_plan(
-    sweep: str,  # `rank` or `layers`
+    sweep: str,  # `rank`, `layers` or `impose`
     c: dict,  # the section `surgery` of a profile
     layers: int,  # of the model
 ) -> list[dict]:
     "What is tried: edit, share, and the layers (`None`: all, with embeddings and head)."
     plan = [dict(edit=e, share=s, layers=None) for e, s in (('none', 0.), ('donor', 1.))]
-    if sweep == 'rank': return plan + [dict(edit=e, share=s, layers=None) for e in c['edits'] for s in c['ranks']]
+    if sweep in ('rank', 'impose'):
+        edits = [e for e in c['edits'] if sweep == 'rank' or e in ('directions', 'values', 'interpolation')]
+        return plan + [dict(edit=e, share=s, layers=None) for e in edits for s in c['ranks']]
     n = min(c['blocks'], layers)
     blocks = [list(range(i * layers // n, (i + 1) * layers // n)) for i in range(n)] + [list(range(layers))]
     return plan + [dict(edit='directions', share=1., layers=b) for b in blocks]
 
 def surgery_stage(
     run: Run,
-    sweep: str,  # `rank` or `layers`
+    sweep: str,  # `rank`, `layers`, or `impose`: the directions of the last SFT checkpoint on RL from it
     progress=lambda done, total: None,
 ):
     "One sweep of a run: writes the table `surgery-<sweep>`, one row per edit, episode and metric."
@@ -182,8 +184,11 @@ def surgery_stage(
     c, m = run.config, run.config['model']
     set_up_torch(c['surgery']['threads'])
     mark = landmarks(run.load(*evaluation_parts(run, 'sft')))
-    donor, _ = load_model(run.checkpoint('sft', mark['max_ood']), m['device'], m['dtype'])
-    model, tok = load_model(run.checkpoint('sft', mark['end']), m['device'], m['dtype'])
+    last = max(c['rl']['starts'])
+    pairs = dict(impose=(run.checkpoint('sft', last), run.checkpoint('rl', last)))  # donor, target
+    giver, taker = pairs.get(sweep, (run.checkpoint('sft', mark['max_ood']), run.checkpoint('sft', mark['end'])))
+    donor, _ = load_model(giver, m['device'], m['dtype'])
+    model, tok = load_model(taker, m['device'], m['dtype'])
     states = {k: {n: W.clone() for n, W in x.state_dict().items()} for k, x in dict(donor=donor, target=model).items()}
     surgery, out = Surgery(states['donor'], states['target'], m['device']), []
     plan = surgery_plan(sweep, c['surgery'], model.config.num_hidden_layers)

@@ -43,7 +43,7 @@ def test_everything_is_there(home, run):
         for ext in ('png', 'svg', 'csv', 'json'): assert (run.dir/'figures'/f'{f}.{ext}').stat().st_size > 0
         record = json.loads((run.dir/'figures'/f'{f}.json').read_text())
         assert record['profile'] == 'smoke' and record['settings'] == run.config and all(len(h) == 64 for h in record['inputs'].values())
-    assert set(FIGURES) == {'F1', 'F2', 'F3', 'F4', 'F5', 'F6', 'F7', 'F8', 'F9', 'F10', 'F11', 'F13', 'S1'}
+    assert set(FIGURES) == {'F1', 'F2', 'F3', 'F4', 'F5', 'F6', 'F7', 'F8', 'F9', 'F10', 'F11', 'F12', 'F13', 'S1'}
     said = (home/'said').read_text()
     assert 'rl-000002' in said and 'left' in said
     assert not list(run.dir.rglob('.*.safetensors')) and not list((run.dir/'.progress').glob('*'))
