@@ -70,7 +70,7 @@ def train_grpo(
             num_generations=c['generations'], num_iterations=c['epochs'], max_completion_length=max_new_tokens, temperature=c['temperature'],
             learning_rate=c['learning_rate'], lr_scheduler_type=c['schedule'], epsilon=c['clip'], beta=c['beta'], max_grad_norm=c['max_grad_norm'],
             adam_epsilon=c['adam_eps'], weight_decay=0., seed=seed, data_seed=seed, shuffle_dataset=False, logging_steps=1,
-            save_strategy='no', report_to='none', disable_tqdm=True, use_cpu=model.device.type == 'cpu', bf16=False, gradient_checkpointing=False, dataloader_pin_memory=False)
+            save_strategy='no', report_to='none', disable_tqdm=True, use_cpu=model.device.type == 'cpu', bf16=False, activation_checkpointing=False, dataloader_pin_memory=False)
         trainer = GRPOTrainer(model, reward, args, train_dataset=data, processing_class=tokenizer, callbacks=[Log()])
         trainer.remove_callback(PrinterCallback)  # what it would print is in the table
         trainer.train()

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['train_sft', 'sft_stage']
 
-# %% ../nbs/09_sft.ipynb #e73c1c2b
+# %% ../nbs/09_sft.ipynb #90633f70
 import tempfile
 from .models import add_lora, load_model, save_model, set_up_torch
 from .profiles import Run
 from .tasks import examples, fingerprint, hash64
 from .views import expert_dataset
 
-# %% ../nbs/09_sft.ipynb #91d6dfb2
+# %% ../nbs/09_sft.ipynb #195f3458
 def train_sft(
     model,
     tokenizer,
@@ -54,7 +54,7 @@ def train_sft(
         trainer.train()
     return pd.DataFrame(rows)
 
-# %% ../nbs/09_sft.ipynb #2f3e99de
+# %% ../nbs/09_sft.ipynb #2f3a7337
 def sft_stage(
     run: Run,
     progress=lambda done, total: None,

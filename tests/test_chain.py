@@ -157,6 +157,32 @@ def test_a_notebook_alone_makes_what_it_needs(tmp_path):
     assert run.checkpoint('rl', 2).is_dir() and not run.checkpoint('rl', 4).exists()
 
 
+OWN_TASK = '''
+from rlheals.tasks import Problem, Task, Verdict, answer_reader, home_of
+
+class Largest(Task):
+    name, errors, read = 'largest', dict(format='format', answer='solving'), staticmethod(answer_reader('answer'))
+    def __init__(self, style='brief', tries=1, most=9): self.style, self.tries, self.most = style, tries, most
+    def sample(self, rng, split):
+        while home_of(self.name, key := tuple(sorted(rng.integers(0, self.most, 3).tolist()))) != split: pass
+        return Problem(self.name, split, key, {})
+    def prompt(self, problem): return f'find {problem.key} :'
+    def expert(self, problem, rng): return f'{{ answer {problem.key[-1]} }}'
+    def verify(self, problem, text):
+        right = (self.read(text) or [''])[0] == str(problem.key[-1])
+        return Verdict(1. if right else -1., right, '' if right else 'it is not the largest', '' if right else 'answer', dict(right=1. if right else -1.))
+'''
+
+
+def test_a_task_of_ones_own(tmp_path, monkeypatch):
+    "A class in a module that is none of ours goes through the chain, with its own option as a setting."
+    (tmp_path/'mine.py').write_text(OWN_TASK)
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path)); monkeypatch.syspath_prepend(tmp_path)
+    run = Run('smoke', ('task.most=40',), root=tmp_path/'runs', task_name='mine:Largest')
+    chain.execute(run, targets=[os.path.relpath(run.table('eval-sft-01'), run.dir)], say=lambda line: None)
+    assert set(run.load('eval-sft-01')['task']) == {'mine:Largest'} and run.config['task']['most'] == 40
+
+
 def test_all_tasks_run_the_whole_chain(home, run):
     "The other three tasks beside the one that is there; F5 then shows four, also when GeneralPoints is asked for alone."
     before = stamps(run)
