@@ -151,6 +151,7 @@ def f5(tables):
     for ax in axes.flat[len(by_task):]: ax.set_axis_off()
     axes.flat[0].margins(y=.1)
     for ax in axes[:, 0]: percent_axis(ax, 'accuracy (%)')
+    if (low_high := axes.flat[0].get_ylim())[1] > 100: axes.flat[0].set_ylim(low_high[0], 112)  # room for the numbers above full bars
     top_legend(fig, axes.flat[0].get_legend_handles_labels()[0])
     return fig, pd.concat(data, ignore_index=True)
 
@@ -296,7 +297,7 @@ def f9(tables):
         for _, r in d[d.checkpoint.isin(shown)].iterrows():
             ax.annotate(f'{r.checkpoint:.0f}', (r.angle, 100 * r['mean']), (5, 3), textcoords='offset points', fontsize=6.5, color='#444444')
         ax.set_xlabel(f'mean principal angle from {name} (°)')
-        if np.isfinite(rho): ax.annotate(f'after the best: Spearman {rho:.2f} (n = {len(late)})', (.98, .96), xycoords='axes fraction', ha='right', va='top', fontsize=7, color='#444444')
+        if np.isfinite(rho): ax.set_title(f'after the best: Spearman {rho:.2f} (n = {len(late)})', loc='right', fontsize=7, fontweight='normal', color='#444444')
     percent_axis(axes[0], 'OOD accuracy (%)')
     return fig, data
 
