@@ -15,6 +15,7 @@ from pathlib import Path
 from .evaluate import evaluation_parts
 from .models import complete, pick_device
 from .profiles import Run
+from .surgery import surgery_plan
 from .tasks import TASKS
 
 # %% ../nbs/19_chain.ipynb #a3a30146
@@ -118,6 +119,8 @@ def draw_figure(
     return stem.with_suffix('.png'), data
 
 # %% ../nbs/19_chain.ipynb #bff7417a
+def _progress_file(folder, job, run): return Path(folder)/f'{job}.{run.task_dir}.{run.seed}.json'  # a stage writes it, the command line reads it
+
 @contextmanager
 def progress(
     job: str,  # like `rl-000128`
@@ -131,7 +134,7 @@ def progress(
             def show(done, total): bar.total = total; bar.update(done - bar.n)
             yield show
         return
-    path, last = Path(folder)/f'{job}.{run.task_dir}.{run.seed}.json', 0.
+    path, last = _progress_file(folder, job, run), 0.
     def write(done, total):
         nonlocal last
         if time.time() - last < .5 and done: return
@@ -201,9 +204,7 @@ def seconds(job: Job, run: Run) -> float:
     if job.rule == 'grpo': return 12 + c['grpo']['updates'] * c['grpo']['responses'] * (.008 + .004 * c['grpo']['epochs'])
     if job.rule == 'evaluate': return 9 + e['per_job'] * evaluation
     if job.rule == 'surgery':
-        edits = dict(rank=len(c['surgery']['edits']), impose=3).get(job.name.partition('-')[2])
-        tried = len(c['surgery']['ranks']) * edits + 2 if edits else c['surgery']['blocks'] + 3
-        return 10 + tried * evaluation
+        return 10 + len(surgery_plan(job.name.removeprefix('surgery-'), c['surgery'], c['surgery']['blocks'])) * evaluation
     return 10 if job.rule == 'spectra' else 6
 
 def makespan(jobs: list[Job], run: Run, cores: int) -> float:
@@ -277,9 +278,8 @@ def _watch(run, process, todo, cost, jobs, folder, start, say, live):
                 left = _left(cost, done, 0., now - start, jobs)
                 if not live: say(f'[{len(done):3}/{len(todo)}] {_label(j):32} {clock(now - start)} gone, about {clock(left)} left')
             for j in todo:
-                f = folder/f'{j.name}.{replace(run, task_name=j.task or HOME).task_dir}.{j.seed}.json'
                 if j in done: continue
-                try: state = json.loads(f.read_text())
+                try: state = json.loads(_progress_file(folder, j.name, replace(run, task_name=j.task or HOME, seed=j.seed)).read_text())
                 except (OSError, ValueError): continue
                 share = state['done'] / max(state['total'], 1)
                 part += share * cost[j]

@@ -6,8 +6,8 @@
 __all__ = ['expansion', 'brief_number', 'joined', 'Determinant']
 
 # %% ../nbs/04_determinant.ipynb #3c232f98
-from .rank import disguise_free, eliminate, shown, verify_integer
-from .tasks import Problem, Task, home_of
+from .rank import MatrixTask, disguise_free, eliminate, shown, verify_integer
+from .tasks import Problem, home_of
 
 # %% ../nbs/04_determinant.ipynb #35672e16
 def expansion(
@@ -34,18 +34,13 @@ def joined(
     return f'{head}{int(rest):02d}' if h and head.removeprefix(sign).isdecimal() and rest.isdecimal() and rest.isascii() and len(rest) < 3 else text
 
 # %% ../nbs/04_determinant.ipynb #d8d4d6d2
-class Determinant(Task):
+class Determinant(MatrixTask):
     "The determinant of a matrix of whole numbers: 2 x 2 (ID) or 3 x 3 (OOD)."
-    name, errors = 'determinant', dict(format='format', answer='solving')
+    name = 'determinant'
     shares = dict(id=.3, ood=.1, ood_dev=.05)  # of all matrices
 
-    def __init__(self,
-        style: str = 'paper',  # `paper`: the wording of the paper's prompt; `brief`: a few words, for the tiny model
-        tries: int = 5,  # answers allowed in one episode
-    ): self.style, self.tries = style, tries
-
     def sample(self, rng, split):
-        if split not in self.splits: raise ValueError(f'there is no split {split!r}: use one of {", ".join(self.splits)}')
+        self.check_split(split)
         ood = split.startswith('ood')
         symmetric = not ood and rng.random() < .5
         while True:
@@ -79,6 +74,3 @@ class Determinant(Task):
         return f'{{\n  "minors": {minors},\n  "terms": {terms},\n  "answer": {problem.data["determinant"]}\n}}'
 
     def verify(self, problem, text): return verify_integer(text, problem.data['determinant'], joined if self.style == 'brief' else str)
-
-    def followup(self, problem, verdict):
-        return f'wrong {verdict.error} :' if self.style == 'brief' else super().followup(problem, verdict)

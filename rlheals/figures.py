@@ -115,6 +115,9 @@ def f4(tables):
 # %% ../nbs/18_figures.ipynb #4f67fa1a
 TASK_NAMES = dict(general_points='GeneralPoints', navigation='Navigation', rank='Rank', determinant='Determinant')
 
+def _by_task(df):  # task -> its rows; a table without the column is of one task without a name
+    return dict(iter(df.groupby('task', sort=False))) if 'task' in df else {'': df}
+
 def _landmark_bars(ax, e):  # bars of one task; the table drawn
     import pandas as pd
     marks = landmarks(e) | dict(rl=int(rows(e, 'evaluation', stage='rl').checkpoint.max()))
@@ -140,7 +143,7 @@ def f5(tables):
     "Accuracy of the SFT checkpoint with the best OOD accuracy, of the last one, and after RL from the last one (RL_End: PPO, GRPO_End: GRPO), ID and OOD, per task (95 % intervals; dots: seeds)."
     import matplotlib.pyplot as plt, pandas as pd
     e = rows(tables['evaluation'], 'evaluation', metric='success', split=('id', 'ood'))
-    by_task = dict(list(e.groupby('task', sort=False))) if 'task' in e else {'': e}
+    by_task = _by_task(e)
     across = min(2, len(by_task))
     down = -(-len(by_task) // across)
     fig, axes = plt.subplots(down, across, figsize=(3.4 * across, 2.5 if down == 1 else 2.1 * down + .2), sharey=True, squeeze=False)
@@ -414,7 +417,7 @@ def s1(tables):
     "Mean reward per answer on training problems, along RL from the last SFT checkpoint, per task (band: 95 % interval over seeds; thin: seeds)."
     import matplotlib.pyplot as plt, pandas as pd
     log = rows(tables['rl_log'], 'rl_log', metric='reward')
-    by_task = dict(list(log.groupby('task', sort=False))) if 'task' in log else {'': log}
+    by_task = _by_task(log)
     fig, axes = plt.subplots(1, len(by_task), figsize=(7 if len(by_task) > 2 else 3.4 * len(by_task), 2.1), squeeze=False)
     data, handles = [], {}
     for ax, (task, part) in zip(axes.flat, by_task.items()):

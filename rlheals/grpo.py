@@ -8,7 +8,8 @@ __all__ = ['training_problems', 'train_grpo', 'grpo_stage']
 # %% ../nbs/12_grpo.ipynb #c9b7fcd3
 import tempfile
 import numpy as np
-from .models import add_lora, load_model, save_model, set_up_torch
+from .models import set_up_torch
+from .ppo import keep_end, load_start
 from .profiles import Run
 from .tasks import Task, hash64, seeded, steps
 
@@ -23,7 +24,7 @@ def training_problems(
     for k in range(n):
         rng = seeded(seed, 'grpo problem', k)
         way = list(steps(task, task.sample(rng, 'train')))
-        out.append(way[rng.integers(len(way))] if len(way) > 1 else way[0])
+        out.append(way[rng.integers(len(way))])
     return out
 
 def train_grpo(
@@ -83,12 +84,9 @@ def grpo_stage(
     progress=lambda done, total: None,
 ):
     "GRPO from one SFT checkpoint of a run: writes the checkpoint and the table `grpo-*`."
-    c, m = run.config, run.config['model']
+    c = run.config
     set_up_torch(c['grpo']['threads'], seed=run.seed)
-    model, tok = load_model(run.checkpoint('sft', start), m['device'], m['dtype'])
-    model = add_lora(model, **c['lora'], seed=run.seed)
-    log = train_grpo(model, tok, run.task(), c['grpo'], m['max_new_tokens'], hash64(run.seed, 'grpo', start) % 2**31, progress)
-    log.insert(0, 'stage', 'grpo'); log.insert(1, 'checkpoint', start)
-    run.save(log, f'grpo-{start:06d}')
-    save_model(model, tok, run.checkpoint('grpo', start))  # last: a checkpoint that is there has its table
+    model, tok = load_start(run, start)
+    log = train_grpo(model, tok, run.task(), c['grpo'], c['model']['max_new_tokens'], hash64(run.seed, 'grpo', start) % 2**31, progress)
+    keep_end(run, 'grpo', start, model, tok, grpo=log)
     return log

@@ -137,7 +137,7 @@ class Navigation(Task):
         return _WAYS['ood' if split.startswith('ood') else 'id']
 
     def sample(self, rng, split):
-        if split not in self.splits: raise ValueError(f'there is no split {split!r}: use one of {", ".join(self.splits)}')
+        self.check_split(split)
         while True:
             r = route(rng, self.turns, self.longest)
             key = (r['start'], *r['legs'])  # all there is to read and to see
@@ -205,6 +205,3 @@ class Navigation(Task):
             if a in other: reasons.append(('space', 'that action is not in the action space'))
             else: reasons.append(('action', f'the action {found[2][:40]!r} is wrong'))
         return Verdict(sum(parts.values()), correct, '; '.join(r for _, r in reasons), reasons[0][0] if reasons else '', parts)
-
-    def followup(self, problem, verdict):
-        return f'wrong {verdict.error} :' if self.style == 'brief' else super().followup(problem, verdict)

@@ -154,7 +154,7 @@ def _check(c):
     need(set(c['surgery']['edits']) <= set(EDITS) and 'directions' in c['surgery']['edits'], 'surgery.edits', f"'directions' and any of {', '.join(EDITS)}")
     name = c['model']['name']
     need(name == 'tiny' or Path(name).is_dir() or re.fullmatch(r'[\w.-]+/[\w.-]+', name), 'model.name', "'tiny', a directory, or a name on the hub like 'Qwen/Qwen2.5-7B-Instruct'")
-    load_task(c['task']['name'], **{k: v for k, v in c['task'].items() if k != 'name'})
+    load_task(**c['task'])
 
 def load_profile(
     name: str = 'tiny',  # one of `PROFILES`
@@ -247,7 +247,7 @@ class Run:
 
     def task(self):
         "The task, as the profile sets it."
-        return load_task(self.task_name, **{k: v for k, v in self.config['task'].items() if k != 'name'})
+        return load_task(**self.config['task'])
 
     def save(self, table, name: str):
         "Write a table, with the columns `task` and `seed` in front, and return it so."

@@ -10,7 +10,7 @@ import tempfile
 from .models import add_lora, load_model, save_model, set_up_torch
 from .profiles import Run
 from .tasks import examples, fingerprint, hash64
-from .views import expert_dataset
+from .views import as_dataset
 
 # %% ../nbs/09_sft.ipynb #195f3458
 def train_sft(
@@ -65,11 +65,10 @@ def sft_stage(
     model, tok = load_model(run.config['model']['name'], run.config['model']['device'], run.config['model']['dtype'])
     model = add_lora(model, **run.config['lora'], seed=run.seed)
     chat, task = bool(tok.chat_template), run.task()
-    train = expert_dataset(task, 'train', c['examples'], run.seed, chat)
-    tests = {s: expert_dataset(task, s, c['test_examples'], run.seed, chat) for s in ('id', 'ood')}
-    tests = dict(train=train.select(range(min(len(train), c['test_examples'])))) | tests
-    losses = train_sft(model, tok, train, tests, c, hash64(run.seed, 'sft') % 2**31,
-                       lambda step, m: save_model(m, tok, run.checkpoint('sft', step)), progress)
     sizes = dict(train=c['examples'], id=c['test_examples'], ood=c['test_examples'])
-    losses.insert(1, 'problems', losses['split'].map({s: fingerprint([p for p, _ in examples(task, s, n, run.seed)]) for s, n in sizes.items()}))
+    pairs = {s: examples(task, s, n, run.seed) for s, n in sizes.items()}
+    tests = {s: as_dataset(task, p[:c['test_examples']], chat) for s, p in pairs.items()}
+    losses = train_sft(model, tok, as_dataset(task, pairs['train'], chat), tests, c, hash64(run.seed, 'sft') % 2**31,
+                       lambda step, m: save_model(m, tok, run.checkpoint('sft', step)), progress)
+    losses.insert(1, 'problems', losses['split'].map({s: fingerprint([p for p, _ in ps]) for s, ps in pairs.items()}))
     return run.save(losses, 'losses')

@@ -146,11 +146,12 @@ def rotation_split(
     W_new,  # (m, n), after
     k: int,  # how many leading directions
     dtype: str = 'float64',  # to compute in
+    basis=None,  # `svd(W, dtype)`, where it is at hand
 ) -> dict[str, float]:  # shares of the update's squared Frobenius norm, adding up to 1; NaN if nothing changed
     "How an update divides into scaling and rotation inside the leading subspaces, crossing out of them, and the rest (PAPER: the analysis of the weights)."
     import torch
     if W.shape != W_new.shape: raise ValueError(f'the matrices are {tuple(W.shape)} and {tuple(W_new.shape)}: an update needs two of one shape')
-    dW, (U, _, Vt) = W_new.to(getattr(torch, dtype)) - W.to(getattr(torch, dtype)), svd(W, dtype)
+    dW, (U, _, Vt) = W_new.to(getattr(torch, dtype)) - W.to(getattr(torch, dtype)), basis or svd(W, dtype)
     top, total = (U[:, :k].T @ dW @ Vt[:k].T).square(), dW.square().sum()
     scaling = top.diagonal().sum()
     left, right = (U[:, :k].T @ dW).square().sum(), (dW @ Vt[:k].T).square().sum()
@@ -162,10 +163,11 @@ def update_map(
     W, W_new,  # (m, n), before and after
     bins: int = 16,
     dtype: str = 'float64',
+    basis=None,  # `svd(W, dtype)`, where it is at hand
 ):  # (bins, bins)
     "Root mean square of the entries of `U^T dW V` in a grid of equal blocks, over that of them all: 1 everywhere for an update without structure."
     from torch.nn.functional import adaptive_avg_pool2d
-    U, _, Vt = svd(W, dtype)
+    U, _, Vt = basis or svd(W, dtype)
     D = (U.T @ (W_new.to(U.dtype) - W.to(U.dtype)) @ Vt.T).square()
     return adaptive_avg_pool2d(D[None], (min(bins, len(D)),) * 2)[0].sqrt() / D.mean().sqrt()
 
@@ -248,12 +250,13 @@ def energy_table(
     pairs = {label: (str(a), str(b)) for label, (a, b) in pairs.items()}
     found, rows, device = _catalogues([p for pair in pairs.values() for p in pair], kinds), [], pick_device(device)
     for m in next(iter(found.values())).values():
+        bases = {before: svd(read(found[before][m.name], device), 'float64') for _, before in pairs.values()}
         for label, (after, before) in pairs.items():
             W, W_new, key = read(found[before][m.name], device), read(found[after][m.name], device), dict(pair=label, layer=m.layer, kind=m.kind)
             (a, b), k = m.shape, rank_of_share(share, min(m.shape))
             unstructured = dict(zip(PARTS, (x / (a * b) for x in (k, k * k - k, k * (a - k) + k * (b - k), (a - k) * (b - k)))))  # shares of the entries
-            rows += [dict(key, part=part, row=-1, column=-1, value=v, unstructured=unstructured[part]) for part, v in rotation_split(W, W_new, k).items()]
-            rows += [dict(key, part='map', row=i, column=j, value=v) for i, line in enumerate(update_map(W, W_new, bins).tolist()) for j, v in enumerate(line)]
+            rows += [dict(key, part=part, row=-1, column=-1, value=v, unstructured=unstructured[part]) for part, v in rotation_split(W, W_new, k, basis=bases[before]).items()]
+            rows += [dict(key, part='map', row=i, column=j, value=v) for i, line in enumerate(update_map(W, W_new, bins, basis=bases[before]).tolist()) for j, v in enumerate(line)]
     return pd.DataFrame(rows).astype(dict(layer='Int64'))
 
 # %% ../nbs/15_spectra.ipynb #e2f55bc8

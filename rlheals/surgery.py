@@ -183,12 +183,12 @@ def surgery_stage(
     import pandas as pd
     c, m = run.config, run.config['model']
     set_up_torch(c['surgery']['threads'])
-    mark = landmarks(run.load(*evaluation_parts(run, 'sft')))
-    last = max(c['rl']['starts'])
-    pairs = dict(impose=(run.checkpoint('sft', last), run.checkpoint('rl', last)))  # donor, target
-    giver, taker = pairs.get(sweep, (run.checkpoint('sft', mark['max_ood']), run.checkpoint('sft', mark['end'])))
-    donor, _ = load_model(giver, m['device'], m['dtype'])
-    model, tok = load_model(taker, m['device'], m['dtype'])
+    if sweep == 'impose': giver, taker = (('sft', last := max(c['rl']['starts'])), ('rl', last))
+    else:
+        mark = landmarks(run.load(*evaluation_parts(run, 'sft')))
+        giver, taker = ('sft', mark['max_ood']), ('sft', mark['end'])
+    donor, _ = load_model(run.checkpoint(*giver), m['device'], m['dtype'])
+    model, tok = load_model(run.checkpoint(*taker), m['device'], m['dtype'])
     states = {k: {n: W.clone() for n, W in x.state_dict().items()} for k, x in dict(donor=donor, target=model).items()}
     surgery, out = Surgery(states['donor'], states['target'], m['device']), []
     plan = surgery_plan(sweep, c['surgery'], model.config.num_hidden_layers)

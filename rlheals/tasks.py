@@ -37,6 +37,7 @@ class Task:
     name = 'task'  # as in `rlheals reproduce --task ...`
     splits = ('train', 'id', 'ood', 'ood_dev')  # `ood_dev`: for choosing settings without looking at the OOD test
     errors = dict(format='format')  # first error -> its class: `format`, `rule` (misread) or `solving`
+    style = 'paper'  # wording of what the model reads, one of `STYLES`
     tries = 5  # answers allowed in one episode (paper: 5, navigation 2)
 
     def sample(self,
@@ -58,11 +59,16 @@ class Task:
         "Check an answer: never raises, whatever the text."
         raise NotImplementedError
 
+    def check_split(self, split: str):
+        "`ValueError` if the task has no split of that name."
+        if split not in self.splits: raise ValueError(f"there is no split {split!r}: use one of {', '.join(self.splits)}")
+
     def advance(self, problem: Problem) -> Problem | None:
         "The problem that comes after a right answer; None where the episode ends with it (all tasks but navigation)."
 
     def followup(self, problem: Problem, verdict: Verdict) -> str:
-        "What the model reads after a wrong answer (PAPER: sequential revision)."
+        "What the model reads after a wrong answer (PAPER: sequential revision); in the brief style, only what was wrong."
+        if self.style == 'brief': return f'wrong {verdict.error} :'
         return f'You failed this trial because {verdict.reason}. Try again.'
 
 # %% ../nbs/00_tasks.ipynb #5dc9508e

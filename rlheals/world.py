@@ -7,11 +7,11 @@ __all__ = ['WORDS', 'MIXES', 'PRETRAINING', 'world_tokenizer', 'random_rule', 'k
            'examine', 'compare']
 
 # %% ../nbs/07_world.ipynb #81973b47
-import random, re, time
+import random, time
 from functools import lru_cache
 import numpy as np
 from .determinant import Determinant, brief_number, expansion
-from .general_points import FACES, RANKS, FormulaError, GeneralPoints, RULES, card_value, is_novel, parse_formula, solve, split_hands
+from .general_points import FACES, RANKS, FormulaError, GeneralPoints, RULES, bracketings, card_value, is_novel, parse_formula, solve, spaced, split_hands
 from .models import attention, encode, generate, set_up_torch
 from .navigation import HEADINGS, LANDMARKS, TURNS, Navigation, route
 from .rank import Rank, shown
@@ -51,7 +51,7 @@ def random_rule(rng: random.Random) -> dict:
 def known_formulas(values: tuple) -> tuple:  # values: four sorted numbers
     "The formulas of a set of numbers as words; none for the sets kept aside as novel."
     if is_novel(values): return ()
-    return tuple(f.replace('(', ' ( ').replace(')', ' ) ').replace('+', ' + ').replace('-', ' - ').replace('*', ' * ').replace('/', ' / ') for f in solve(values))
+    return tuple(map(spaced, solve(values)))
 
 def _hand(rng):  # a rule, four cards, their values, a formula
     while True:
@@ -64,17 +64,17 @@ def _numbers(rng):  # four values of 1-13, evenly, and a formula
         values = [rng.randint(1, 13) for _ in range(4)]
         if found := known_formulas(tuple(sorted(values))): return values, rng.choice(found)
 
-_SHAPES = ('(({}{}{}){}{}){}{}', '({}{}({}{}{})){}{}', '({}{}{}){}({}{}{})', '{}{}(({}{}{}){}{})', '{}{}({}{}({}{}{}))')
-
 def _wrong_formula(rng, values):  # numbers, a formula that is not right for `values`, and what is wrong
     said = list(values)
     if rng.random() < .4: said[rng.randrange(4)] = rng.randint(1, 13)
     used = rng.sample(said, 4)
-    formula = ' '.join(re.findall(r'[0-9]+|\S', rng.choice(_SHAPES).format(*(x for pair in zip(used, rng.choices('+-*/', k=3) + ['']) for x in pair))))
+    formula = spaced(rng.choice(bracketings(4)).format(*(x for pair in zip(used, rng.choices('+-*/', k=3) + ['']) for x in pair)))
     if said != list(values): return said, formula, 'number'
     try: value = parse_formula(formula)[0]
     except FormulaError: return said, formula, 'formula'
     return (said, formula, 'result') if value != 24 else _wrong_formula(rng, values)
+
+def _asked(question, answer): return [(question, False), (answer, True)]
 
 def _answered(rng, prompt, right, wrong, again=.2):  # a document: the prompt, perhaps wrong tries, the right answer
     doc = [(prompt, False)]
@@ -110,7 +110,7 @@ def _sum(rng):  # what determinants are made of: a number times a minor, two or 
 
 def _fields(rng, *names):  # one of the fields of an answer, or two that follow each other
     k = rng.randrange(len(names))
-    return names[k:k + rng.choice((1, 2))] if len(names) > 2 else (names[k],)
+    return names[k:k + rng.choice((1, 2))]
 
 def _piece(rng):  # `write` for navigation and matrices
     kind = rng.choice(('step', 'step', 'determinant', 'determinant', 'rank'))
@@ -130,29 +130,28 @@ def document(
     rng: random.Random,
 ) -> list[tuple[str, bool]]:
     "One document of the world: (text, learn?) pieces."
-    asked = lambda question, answer: [(question, False), (answer, True)]
     if kind == 'solve':
         values, formula = _numbers(rng)
-        return asked(f'solve {_words(values)} :', f'{formula} = 24')
+        return _asked(f'solve {_words(values)} :', f'{formula} = 24')
     if kind == 'step':
         context, (_, sentence, action) = _on_the_way(rng)
-        return asked(f'step {context}', f'{sentence} so {action}')
-    if kind == 'rank': return asked('find rank {} :'.format((m := _matrix(rng, kind))[0]), str(m[1]))
+        return _asked(f'step {context}', f'{sentence} so {action}')
+    if kind == 'rank': return _asked('find rank {} :'.format((m := _matrix(rng, kind))[0]), str(m[1]))
     if kind == 'determinant':
         text, minors, terms, determinant = _matrix(rng, kind)
-        return asked(f'find determinant {text} :', f'minors {minors} terms {terms} so {determinant}')
-    if kind == 'sums': return asked(*_sum(rng))
+        return _asked(f'find determinant {text} :', f'minors {minors} terms {terms} so {determinant}')
+    if kind == 'sums': return _asked(*_sum(rng))
     return _piece_or_cards(kind, rng)
 
 def _piece_or_cards(kind, rng):
-    if kind == 'write' and rng.random() < .4: return [(t, learn) for t, learn in zip(_piece(rng), (False, True))]
+    if kind == 'write' and rng.random() < .4: return _asked(*_piece(rng))
     if kind == 'write' and rng.random() < .35:
         values, formula = _numbers(rng)
         def wrong(): _, bad, why = _wrong_formula(rng, values); return f'{{ formula {bad} = 24 }}', why
         return _answered(rng, f'write formula {_words(values)} :', f'{{ formula {formula} = 24 }}', wrong)
     rule, cards, values, formula = _hand(rng)
     prompt = f"rule {_words(f'{k} = {v}' for k, v in rule.items())} cards {_words(cards)} :"
-    if kind == 'read': return [('read ' + prompt, False), (_words(values), True)]
+    if kind == 'read': return _asked('read ' + prompt, _words(values))
     if kind == 'make':
         def wrong(): said, bad, why = _wrong_formula(rng, values); return f'{_words(said)} so {bad} = 24', why
         return _answered(rng, 'make ' + prompt, f'{_words(values)} so {formula} = 24', wrong)

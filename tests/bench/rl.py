@@ -1,21 +1,14 @@
 """What makes RL fast here, beside the usual ways: python tests/bench/rl.py prints ratios measured in one run, and where the time of a PPO update goes."""
-import cProfile, os, pstats, statistics, sys, time
+import cProfile, os, pstats, sys
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 import torch
+from measure import seconds
 from rlheals.grpo import train_grpo
-from rlheals.models import encode, generate, load_model, set_up_torch
+from rlheals.models import encode, load_model, set_up_torch
 from rlheals.ppo import train_ppo
 from rlheals.profiles import Run, load_profile
 from rlheals.rollout import play
 from rlheals.tasks import Episode, problem_set
-
-
-def seconds(f, runs=3):
-    f()
-    out = []
-    for _ in range(runs):
-        start = time.perf_counter(); f(); out.append(time.perf_counter() - start)
-    return statistics.median(out)
 
 
 threads = int(sys.argv[1]) if len(sys.argv) > 1 else os.cpu_count()

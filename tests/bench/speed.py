@@ -1,6 +1,6 @@
 """What the design choices for speed are worth here: python tests/bench/speed.py prints ratios, measured in one run."""
-import statistics, time
 import torch
+from measure import seconds
 from rlheals.general_points import GeneralPoints
 from rlheals.models import encode, generate, load_model, set_up_torch
 from rlheals.ppo import score
@@ -8,14 +8,6 @@ from rlheals.profiles import load_profile
 from rlheals.sft import train_sft
 from rlheals.tasks import problem_set, seeded
 from rlheals.views import expert_dataset
-
-
-def seconds(f, runs=3):
-    f()
-    out = []
-    for _ in range(runs):
-        start = time.perf_counter(); f(); out.append(time.perf_counter() - start)
-    return statistics.median(out)
 
 
 def training_step(model, contexts, answers):
