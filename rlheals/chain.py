@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'HOME', 'TABLES', 'ChainError', 'sft_files', 'rl_files', 'grpo_files', 'variants', 'tasks_together',
-           'figure_inputs', 'figures_dir', 'provenance', 'draw_figure', 'progress', 'Job', 'snakemake', 'plan',
-           'seconds', 'makespan', 'clock', 'execute', 'open_run']
+           'figure_inputs', 'seeds_together', 'figures_dir', 'provenance', 'draw_figure', 'progress', 'Job',
+           'snakemake', 'plan', 'seconds', 'makespan', 'clock', 'execute', 'open_run']
 
-# %% ../nbs/19_chain.ipynb #5f835e7e
+# %% ../nbs/19_chain.ipynb #8d2f85ab
 import json, os, re, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,13 +18,13 @@ from .profiles import Run
 from .surgery import surgery_plan
 from .tasks import TASKS
 
-# %% ../nbs/19_chain.ipynb #a3a30146
+# %% ../nbs/19_chain.ipynb #7812ffd5
 PAPER = (Path(__file__).parents[1] if '__file__' in globals() else Path('..').resolve())/'nbs'/'paper'  # the chain's notebooks
 
 class ChainError(RuntimeError):
     "A stage failed, or the chain cannot start: the message says which, and where its log is."
 
-# %% ../nbs/19_chain.ipynb #09461fe8
+# %% ../nbs/19_chain.ipynb #cc1f46b6
 def sft_files(run: Run) -> list[Path]:
     "What the SFT stage makes: its checkpoints and the table of losses."
     return [run.checkpoint('sft', s)/'model.safetensors' for s in run.config['sft']['checkpoints']] + [run.table('losses')]
@@ -37,7 +37,7 @@ def grpo_files(run: Run, start: int) -> list[Path]:
     "What GRPO from one checkpoint makes."
     return [run.checkpoint('grpo', start)/'model.safetensors', run.table(f'grpo-{start:06d}')]
 
-# %% ../nbs/19_chain.ipynb #19e978a6
+# %% ../nbs/19_chain.ipynb #98267812
 HOME = 'general_points'  # the task whose figures are not in a directory of their own
 
 TABLES = dict(  # table of a figure -> names of a run's tables
@@ -77,8 +77,21 @@ def figure_inputs(
     tasks=(),  # of a figure across tasks
 ) -> list[Path]:
     "The files that a figure is made from."
+    return [f for r in variants(run, seeds, tasks) for f in _tables_of(r, figure)]
+
+def _tables_of(run, figure):
     from rlheals.figures import NEEDS
-    return [r.table(n) for r in variants(run, seeds, tasks) for t in NEEDS[figure] for n in TABLES[t](r)]
+    return [run.table(n) for t in NEEDS[figure] for n in TABLES[t](run)]
+
+def seeds_together(
+    run: Run,
+    figure: str,  # one across tasks
+    tasks=(),
+    seeds: int = 1,
+) -> int:
+    "How many seeds a figure across tasks shows: those asked for, and further ones that the run has done before."
+    while all(f.exists() for r in variants(run, seeds + 1, tasks) if r.seed == seeds for f in _tables_of(r, figure)): seeds += 1
+    return seeds
 
 def figures_dir(
     run: Run,
@@ -89,7 +102,7 @@ def figures_dir(
     base = Path(run.root).resolve().parent/'figures' if run.dir.name == 'tiny' else run.dir/'figures'
     return base if run.task_name == HOME or figure in ACROSS else base/run.task_dir
 
-# %% ../nbs/19_chain.ipynb #f37ece16
+# %% ../nbs/19_chain.ipynb #e5e541b9
 def provenance(run: Run, inputs: list[Path], seeds: int, tasks) -> dict:
     "Where a result comes from: package version and commit, settings, tasks, seeds, library versions, hashes of the inputs."
     import hashlib
@@ -118,7 +131,7 @@ def draw_figure(
     save(picture, data, stem, provenance(run, figure_inputs(run, figure, seeds, tasks), seeds, tasks))
     return stem.with_suffix('.png'), data
 
-# %% ../nbs/19_chain.ipynb #bff7417a
+# %% ../nbs/19_chain.ipynb #dec12191
 def _progress_file(folder, job, run): return Path(folder)/f'{job}.{run.task_dir}.{run.seed}.json'  # a stage writes it, the command line reads it
 
 @contextmanager
@@ -144,7 +157,7 @@ def progress(
     try: yield write
     finally: path.unlink(missing_ok=True)
 
-# %% ../nbs/19_chain.ipynb #b6904e74
+# %% ../nbs/19_chain.ipynb #0fdf00d9
 @dataclass(frozen=True)
 class Job:
     "One notebook to execute."
@@ -193,7 +206,7 @@ def plan(run: Run, seeds: int = 1, targets=(), tasks=()) -> list[Job]:
     order = ('sft', 'evaluate', 'rl', 'grpo', 'spectra', 'surgery', 'figure')
     return sorted((Job(*what, tuple(f)) for what, f in found.items()), key=lambda j: (order.index(j.rule), j.task, j.seed, len(j.name), j.name))
 
-# %% ../nbs/19_chain.ipynb #8a2f3743
+# %% ../nbs/19_chain.ipynb #012a4de6
 def seconds(job: Job, run: Run) -> float:
     "A rough time for a job, in seconds."
     c = (replace(run, task_name=job.task) if job.task else run).config
@@ -212,7 +225,7 @@ def makespan(jobs: list[Job], run: Run, cores: int) -> float:
     first = sum(seconds(j, run) for j in jobs if j.rule == 'sft')
     return first + sum(seconds(j, run) for j in jobs if j.rule != 'sft') / cores
 
-# %% ../nbs/19_chain.ipynb #857a527e
+# %% ../nbs/19_chain.ipynb #3d393b38
 def clock(s: float) -> str:
     "Seconds as minutes:seconds."
     return f"{int(s) // 60}:{int(s) % 60:02d}"
@@ -299,7 +312,7 @@ def _left(cost, done, part, elapsed, jobs):  # seconds; the estimate, corrected 
     rate = (gone + .1 * total) / (elapsed + .1 * prior)  # starts at the estimate, follows the facts
     return (total - gone) / rate
 
-# %% ../nbs/19_chain.ipynb #3b223159
+# %% ../nbs/19_chain.ipynb #5896a3bd
 def open_run(
     profile: str = 'tiny',
     changes: str = '',  # `section.key=value`, several with `;` between

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'complete', 'pick_device', 'attention', 'load_model', 'save_model', 'add_lora', 'is_lora', 'merged',
-           'set_up_torch', 'encode', 'generate']
+           'set_up_torch', 'processes', 'encode', 'attends_to_all', 'shared_start', 'generate']
 
-# %% ../nbs/06_models.ipynb #a2d1239b
-import copy, os, shutil, uuid
+# %% ../nbs/06_models.ipynb #b8f335a1
+import copy, ctypes, os, shutil, uuid
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-# %% ../nbs/06_models.ipynb #e65e9495
+# %% ../nbs/06_models.ipynb #21d5222a
 @contextmanager
 def complete(
     path,  # the file or directory to make
@@ -28,7 +28,7 @@ def complete(
         if tmp.is_dir(): shutil.rmtree(tmp, ignore_errors=True)
         else: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/06_models.ipynb #634f4071
+# %% ../nbs/06_models.ipynb #ac80b469
 ASSETS = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../rlheals/assets').resolve()
 
 def pick_device(
@@ -37,7 +37,8 @@ def pick_device(
     "The device to compute on; `ValueError` if one is asked for that is not there."
     import torch
     have = ['cpu'] + ['cuda'] * torch.cuda.is_available() + ['mps'] * torch.backends.mps.is_available()
-    if name == 'auto': return 'cuda' if 'cuda' in have else 'cpu'
+    if name == 'auto': name = 'cuda' if 'cuda' in have else 'cpu'
+    if name == 'cuda' and 'LOCAL_RANK' in os.environ: return f"cuda:{os.environ['LOCAL_RANK']}"  # one of several processes
     if name.split(':')[0] not in have: raise ValueError(f"device {name!r} is not on this machine: use one of {', '.join(have)}, or 'auto'")
     return name
 
@@ -69,7 +70,7 @@ def save_model(model, tokenizer, path):
         merged(model).save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
 
-# %% ../nbs/06_models.ipynb #1436ba19
+# %% ../nbs/06_models.ipynb #3a159afa
 def add_lora(
     model,
     rank: int,  # 0: leave the model as it is
@@ -91,7 +92,7 @@ def merged(model):
     "A plain model with the adapters added to the weights; a model without adapters itself."
     return copy.deepcopy(model).merge_and_unload() if is_lora(model) else model
 
-# %% ../nbs/06_models.ipynb #7fa45ddb
+# %% ../nbs/06_models.ipynb #066514ab
 def set_up_torch(
     threads: int = 1,
     matmul_precision: str = 'medium',  # see `torch.set_float32_matmul_precision`
@@ -105,9 +106,22 @@ def set_up_torch(
     torch.set_float32_matmul_precision(matmul_precision)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that slows the SFT trainer down; see tests/bench
+    _keep_memory()
     if seed is not None: torch.manual_seed(seed)
 
-# %% ../nbs/06_models.ipynb #ab4d3c01
+def processes(
+    device: str = '',  # `cpu`, if the model is there (asked at the first call only)
+):
+    "The processes that train together, as accelerate knows them: one, unless started by `accelerate launch`."
+    from accelerate import PartialState
+    return PartialState(cpu=device == 'cpu')
+
+def _keep_memory():  # glibc gives every large tensor back to the system and takes it anew, page fault by page fault: a fifth of the time of training here
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError): return  # another C library, which has other ways
+    for option, size in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**25)): mallopt(option, size)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD (at most 32 MB)
+
+# %% ../nbs/06_models.ipynb #0afb21da
 def encode(
     tokenizer,
     turns: list[str],  # what was said so far: prompt, answer, follow-up, answer, follow-up ...
@@ -118,41 +132,56 @@ def encode(
     text = tokenizer.apply_chat_template(says, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)['input_ids']
 
+def attends_to_all(model) -> bool:
+    "Does every layer of the model attend to the whole text (no sliding windows, no recurrence)?"
+    kinds = getattr(model.config.get_text_config(), 'layer_types', None) or []
+    return all(k == 'full_attention' for k in kinds)
+
+def shared_start(
+    model,
+    contexts: list[list[int]],  # token ids
+    least: int = 4,  # a shorter start is not worth a pass of its own
+) -> int:
+    "How many tokens all contexts begin with; they need to go through the model only once (0 if it is not worth it)."
+    if len(contexts) < 2 or not attends_to_all(model): return 0
+    n = min(len(os.path.commonprefix(contexts)), min(map(len, contexts)) - 1)  # the last token is each context's own: its hidden state is needed
+    return n if n >= least else 0
+
 @lru_cache(maxsize=1)
 def _growing_layer():
     import torch
     from transformers.cache_utils import DynamicLayer
 
     class GrowingLayer(DynamicLayer):
-        "Keys and values in a buffer with room to grow: a new token is written, where `DynamicLayer` copies all that is there."
+        "Keys and values in a buffer with room to grow: a new token is written, where `DynamicLayer` copies all that is there. Attention gets the whole buffer (a part of it would be copied by each matrix product), and a mask for what is not written yet."
         def lazy_initialization(self, key_states, value_states):
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self.room = [torch.empty(0), torch.empty(0)]
-            self.keys = self.values = key_states[:, :, :0]
+            self.dtype, self.device, self.is_initialized, self.written = key_states.dtype, key_states.device, True, 0
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+
+        def get_seq_length(self): return self.written if self.is_initialized else 0
+
+        def get_mask_sizes(self, query_length): return self._room(self.written + query_length), 0
+
+        def _room(self, n): return n if n == 0 else -(-n // 16) * 16
 
         def update(self, key_states, value_states, *args, **kwargs):
-            if not self.is_initialized: self.lazy_initialization(key_states, value_states)
-            (B, H, t, _), n = key_states.shape, self.keys.shape[-2]
-            for i, (old, new) in enumerate(((self.keys, key_states), (self.values, value_states))):
-                if not self.room[i].numel() or self.room[i].shape[2] < n + t:
-                    room = new.new_empty(B, H, n + t + 32, new.shape[-1])
-                    room[:, :, :n] = old
-                    self.room[i] = room
-                self.room[i][:, :, n:n + t] = new
-            self.keys, self.values = (r[:, :, :n + t] for r in self.room)
-            return self.keys, self.values
+            if first := not self.is_initialized: self.lazy_initialization(key_states, value_states)
+            n, total = self.written, self.written + key_states.shape[-2]
+            if self.keys.shape[-2] < total: self.keys, self.values = (self._larger(old, total) for old in (self.keys, self.values))
+            self.keys[:, :, n:total], self.values[:, :, n:total] = key_states, value_states
+            self.written = total
+            return (key_states, value_states) if first else (self.keys, self.values)  # transformers makes the first mask before there is a layer
 
-        def batch_select_indices(self, indices):
-            n = self.keys.shape[-2]
-            self.room = [r[indices] for r in self.room]
-            self.keys, self.values = (r[:, :, :n] for r in self.room)
+        def _larger(self, old, n):
+            new, have = old.new_empty(*old.shape[:2], self._room(n), old.shape[-1]), old.shape[2]
+            new[:, :, :have], new[:, :, have:] = old, 0  # what is masked must still be a number
+            return new
 
     return GrowingLayer
 
-def _cache(model):  # for a model whose layers all attend to everything; others (sliding windows) take transformers' own
+def _cache(model):
     from transformers.cache_utils import Cache, DynamicCache
-    kinds = getattr(model.config.get_text_config(), 'layer_types', None) or []
-    return Cache(layer_class_to_replicate=_growing_layer()) if all(k == 'full_attention' for k in kinds) else DynamicCache(config=model.config)
+    return Cache(layer_class_to_replicate=_growing_layer()) if attends_to_all(model) else DynamicCache(config=model.config)
 
 def generate(
     model,
@@ -162,32 +191,38 @@ def generate(
     temperature: float = 0.,  # 0: the most likely token each time
     seed: int = 0,
     batch_size: int = 512,
+    first: int = 0,  # how many contexts that others answer come before these: an answer's chance depends on the seed and its place in the whole
 ) -> list[list[int]]:
     "Token ids of one answer per context, without padding; the end token is kept where the model wrote it."
     import torch
     answers, was_training = {}, model.training
     model.eval()
-    source = torch.Generator(model.device).manual_seed(seed)
+    # uniform numbers, one per token: each answer has its own, so who shares its batch makes no difference; 1 itself must not come out of rounding
+    chance = torch.rand(first + len(contexts), max_new_tokens, generator=torch.Generator().manual_seed(seed))[first:] * (1 - 2**-23)
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))  # like lengths together: less padding
     with torch.inference_mode():
         for lo in range(0, len(order), batch_size):
             rows = order[lo:lo + batch_size]
-            answers |= dict(zip(rows, _generate(model, tokenizer, [contexts[i] for i in rows], max_new_tokens, temperature, source)))
+            answers |= dict(zip(rows, _generate(model, tokenizer, [contexts[i] for i in rows], max_new_tokens, temperature, chance[rows].to(model.device))))
     model.train(was_training)
     return [answers[i] for i in range(len(contexts))]
 
-def _generate(model, tokenizer, contexts, max_new_tokens, temperature, source):
+def _generate(model, tokenizer, contexts, max_new_tokens, temperature, chance):
     import torch
-    eos, cache, answers = tokenizer.eos_token_id, _cache(model), [[] for _ in contexts]
-    enc = tokenizer.pad(dict(input_ids=contexts), padding_side='left', return_tensors='pt').to(model.device)
-    ids, mask = enc['input_ids'], enc['attention_mask']  # (B, L) both
-    position = (mask.cumsum(1) - 1).clamp(min=0)
+    eos, cache, answers, n = tokenizer.eos_token_id, _cache(model), [[] for _ in contexts], shared_start(model, contexts)
+    enc = tokenizer.pad(dict(input_ids=[c[n:] for c in contexts]), padding_side='left', return_tensors='pt').to(model.device)
+    ids, mask = enc['input_ids'], enc['attention_mask']  # (B, L - n) both
+    if n:
+        model(input_ids=torch.tensor([contexts[0][:n]], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(contexts))
+        mask = torch.cat([mask.new_ones(len(contexts), n), mask], 1)  # (B, L)
+    position = (mask.cumsum(1) - 1).clamp(min=0)[:, n:]
     rows, ended = list(range(len(contexts))), mask.new_zeros(len(contexts), dtype=torch.bool)  # which answer each row of the batch writes; which are over
     for step in range(max_new_tokens):
         logits = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
-        if temperature > 0:  # argmax of p / Exp(1) noise is a sample of p (the exponential race)
-            p = (logits / temperature).softmax(-1)
-            token = (p / torch.empty_like(p).exponential_(generator=source)).argmax(-1)
+        if temperature > 0:  # the first token at which the sum of probabilities passes a uniform number
+            sums = (logits / temperature).softmax(-1).cumsum(-1)
+            token = torch.searchsorted(sums, chance[rows, step, None] * sums[:, -1:], right=True)[:, 0]
         else: token = logits.argmax(-1)
         for row, t in zip(rows, token.tolist()): answers[row].append(t)
         ended |= token == eos

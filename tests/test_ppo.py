@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from rlheals.general_points import GeneralPoints
 from rlheals.models import encode, generate, load_model, set_up_torch
-from rlheals.ppo import collect, gae, ppo_loss, score, value_head
+from rlheals.ppo import add_advantages, collect, constant_value, gae, ppo_loss, score, value_head
 from rlheals.tasks import Episode, problem_set, seeded
 
 
@@ -57,7 +57,7 @@ def test_ratio_of_a_fresh_policy_is_one(tiny):
     "Whatever the batch an answer is scored in: padding and neighbours do not change its probability."
     model, tok = tiny
     task = GeneralPoints('brief', tries=2)
-    rng, c = seeded(0), dict(turns=2, temperature=1., gamma=.9, lam=.95, max_new_tokens=20)
+    rng, c = seeded(0), dict(turns=2, temperature=1., micro_batch=8, max_new_tokens=20)
     episodes = [Episode.start(task, task.sample(rng, 'train')) for _ in range(12)]
     b = collect(model, value_head(128), tok, task, episodes, c, lambda i: task.sample(rng, 'train'), 0)
     pick = np.random.default_rng(0).permutation(len(b['contexts']))[:7]
@@ -97,9 +97,35 @@ def test_episodes_carry_on_and_finish(tiny):
     "Two tries per episode: after two turns every environment has finished its first episode, and drawn a training hand."
     model, tok = tiny
     task = GeneralPoints('brief', tries=2)
-    rng, c = seeded(1), dict(turns=3, temperature=1., gamma=.9, lam=.95, max_new_tokens=8)
+    rng, c = seeded(1), dict(turns=3, temperature=1., micro_batch=8, max_new_tokens=8)
     episodes = [Episode.start(task, p) for p in problem_set(task, 'train', 5)]
     before = [e.problem.key for e in episodes]
     b = collect(model, value_head(128), tok, task, episodes, c, lambda i: task.sample(rng, 'train'), 0)
-    assert b['attempt'] == [0] * 5 + [1] * 5 + [0] * 5 and len(b['advantage']) == 15
+    assert b['attempt'] == [0] * 5 + [1] * 5 + [0] * 5 and len(add_advantages(b, .9, .95)['advantage']) == 15
     assert [e.problem.key for e in episodes] != before and all(len(e.verdicts) == 1 and e.problem.split == 'train' for e in episodes)
+
+
+def test_only_open_episodes_are_bootstrapped(tiny):
+    "After a first turn every environment is between two tries, so its next prompt has a value; after the second none is."
+    model, tok = tiny
+    task, rng = GeneralPoints('brief', tries=2), seeded(2)
+    head = value_head(128)
+    torch.nn.init.constant_(head[-1].bias, 3.)
+    episodes = [Episode.start(task, p) for p in problem_set(task, 'train', 4)]
+    c = dict(turns=1, temperature=1., micro_batch=8, max_new_tokens=4)
+    for open_ in (True, False):
+        b = collect(model, head, tok, task, episodes, c, lambda i: task.sample(rng, 'train'), 0)
+        np.testing.assert_allclose(b['last'].numpy(), 3. if open_ else 0.); np.testing.assert_allclose(b['done'].numpy(), float(not open_))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 5), st.integers(2, 5), st.floats(0, .95), st.integers(0, 10**6))
+def test_the_constant_value_leaves_no_error_on_average(T, N, gamma, seed):
+    "With it, temporal differences are 0 in the mean, whatever the episodes: turns are not told apart by how many are left."
+    rng = np.random.default_rng(seed)
+    b = dict(reward=torch.tensor(rng.normal(size=T * N)), done=torch.tensor((rng.random(T * N) < .5).astype(float)))
+    V = constant_value(b, gamma)
+    assert (b['reward'] + gamma * V * (1 - b['done']) - V).mean().item() == pytest.approx(0, abs=1e-9)
+    values = torch.full((T * N,), V, dtype=torch.float64)
+    advantage = add_advantages(b | dict(value=values, last=values[:N]), gamma, 0.)['advantage']
+    assert advantage.mean().item() == pytest.approx(0, abs=1e-9)
