@@ -6,13 +6,13 @@
 __all__ = ['ASSETS', 'complete', 'pick_device', 'attention', 'load_model', 'save_model', 'add_lora', 'is_lora', 'merged',
            'set_up_torch', 'processes', 'encode', 'attends_to_all', 'shared_start', 'generate']
 
-# %% ../nbs/06_models.ipynb #b8f335a1
+# %% ../nbs/06_models.ipynb #811a3727
 import copy, ctypes, os, shutil, uuid
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-# %% ../nbs/06_models.ipynb #21d5222a
+# %% ../nbs/06_models.ipynb #e311a2a8
 @contextmanager
 def complete(
     path,  # the file or directory to make
@@ -28,7 +28,7 @@ def complete(
         if tmp.is_dir(): shutil.rmtree(tmp, ignore_errors=True)
         else: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/06_models.ipynb #ac80b469
+# %% ../nbs/06_models.ipynb #af212cde
 ASSETS = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../rlheals/assets').resolve()
 
 def pick_device(
@@ -70,7 +70,7 @@ def save_model(model, tokenizer, path):
         merged(model).save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
 
-# %% ../nbs/06_models.ipynb #3a159afa
+# %% ../nbs/06_models.ipynb #a9db1791
 def add_lora(
     model,
     rank: int,  # 0: leave the model as it is
@@ -92,7 +92,7 @@ def merged(model):
     "A plain model with the adapters added to the weights; a model without adapters itself."
     return copy.deepcopy(model).merge_and_unload() if is_lora(model) else model
 
-# %% ../nbs/06_models.ipynb #066514ab
+# %% ../nbs/06_models.ipynb #d880634a
 def set_up_torch(
     threads: int = 1,
     matmul_precision: str = 'medium',  # see `torch.set_float32_matmul_precision`
@@ -121,7 +121,7 @@ def _keep_memory():  # glibc gives every large tensor back to the system and tak
     except (OSError, AttributeError, TypeError): return  # another C library, which has other ways
     for option, size in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**25)): mallopt(option, size)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD (at most 32 MB)
 
-# %% ../nbs/06_models.ipynb #0afb21da
+# %% ../nbs/06_models.ipynb #069e34c2
 def encode(
     tokenizer,
     turns: list[str],  # what was said so far: prompt, answer, follow-up, answer, follow-up ...

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['answer_all', 'play', 'vllm_engine']
 
-# %% ../nbs/10_rollout.ipynb #79b46beb
+# %% ../nbs/10_rollout.ipynb #15fd17ff
 from .models import encode, generate
 from .tasks import Episode, Problem, Task
 
-# %% ../nbs/10_rollout.ipynb #bfa10550
+# %% ../nbs/10_rollout.ipynb #e3ea64cc
 def answer_all(
     model,
     tokenizer,
@@ -44,7 +44,7 @@ def play(
         turn += 1
     return episodes
 
-# %% ../nbs/10_rollout.ipynb #1918a731
+# %% ../nbs/10_rollout.ipynb #cc8b4297
 def vllm_engine(
     model,
     tokenizer,

@@ -1,0 +1,82 @@
+"""Training stages in other ways than the default: several processes, adapters, another engine."""
+import sys, types
+from importlib.util import find_spec
+import numpy as np
+import pytest
+import torch
+from rlheals.general_points import GeneralPoints
+from rlheals.models import generate, load_model, set_up_torch
+from rlheals.ppo import rl_stage, train_ppo
+from rlheals.profiles import Run, load_profile
+from rlheals.sft import sft_stage
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    "The same smoke run in one process and in two (`accelerate launch`, gloo), as far as the end of RL from its last SFT checkpoint."
+    out = {}
+    for n in (1, 2):
+        run = Run('smoke', (f'sft.processes={n}', f'rl.processes={n}', 'rl.envs=9'), 0, tmp_path_factory.mktemp(f'processes{n}'))
+        out[n] = (run, sft_stage(run), rl_stage(run, 4))
+    return out
+
+
+def test_two_processes_have_the_losses_of_one(runs):
+    (_, sft, rl), (_, sft2, rl2) = runs[1], runs[2]
+    assert sft['problems'].tolist() == sft2['problems'].tolist()
+    np.testing.assert_allclose(sft2['value'], sft['value'], rtol=1e-4)
+    assert rl[['update', 'metric']].equals(rl2[['update', 'metric']])
+    np.testing.assert_allclose(rl2['value'], rl['value'], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('stage, step', [('sft', 4), ('rl', 4)])
+def test_two_processes_end_with_the_weights_of_one(runs, stage, step):
+    one, two = (load_model(runs[n][0].checkpoint(stage, step), device='cpu')[0].state_dict() for n in (1, 2))
+    before = load_model('tiny', device='cpu')[0].state_dict()
+    for name in one:
+        moved = (one[name] - before[name]).norm()
+        assert (one[name] - two[name]).norm() <= .01 * moved + 1e-6, name  # Adam turns rounding of small gradients into steps
+
+
+def test_two_processes_leave_one_set_of_files(runs):
+    files = [sorted(str(p.relative_to(run.dir)) for p in run.dir.rglob('*') if p.is_file() and 'logs' not in p.parts) for run, *_ in runs.values()]
+    assert files[0] == files[1]
+
+
+def test_adapters_through_both_stages(tmp_path):
+    "With `lora.rank` the stages leave ordinary models: the base's matrices plus an update of that rank; embeddings untouched."
+    run = Run('smoke', ('lora.rank=3',), 0, tmp_path)
+    sft_stage(run); rl_stage(run, 4)
+    base, sft, rl = (load_model(p, device='cpu')[0].state_dict() for p in ('tiny', run.checkpoint('sft', 4), run.checkpoint('rl', 4)))
+    assert base.keys() == sft.keys() == rl.keys()
+    for name, W in base.items():
+        if '_proj' not in name: assert torch.equal(W, sft[name]) and torch.equal(W, rl[name]); continue
+        for before, after in ((W, sft[name]), (sft[name], rl[name])):
+            S = torch.linalg.svdvals((after - before).double())
+            assert S[0] > 0 and S[3] < 1e-3 * S[0] + 1e-6, name
+
+
+def test_an_engine_gets_the_contexts_and_the_weights_of_the_moment(monkeypatch):
+    "vLLM itself needs a GPU; here TRL's class is replaced, and what it is given and what becomes of its answers is checked."
+    seen = dict(synced=0, asked=0)
+
+    class Fake:
+        def __init__(self, model, accelerator, tokenizer, **options): self.model, self.tokenizer, self.options = model, tokenizer, options
+        def sync_weights(self): seen['synced'] += 1
+        def generate(self, contexts, images, n):
+            assert images is None and n == 1 and self.options['temperature'] == 1. and self.options['max_completion_length'] == 6
+            seen['asked'] += 1
+            return contexts, generate(self.model, self.tokenizer, contexts, 6, 1., seed=seen['asked']), None, None
+
+    monkeypatch.setitem(sys.modules, 'trl.generation.vllm_generation', types.SimpleNamespace(VLLMGeneration=Fake))
+    monkeypatch.setattr('trl.import_utils.is_vllm_available', lambda *a, **k: True)
+    set_up_torch(1)
+    model, tok = load_model('tiny', device='cpu')
+    log, _ = train_ppo(model, tok, GeneralPoints('brief', tries=1), load_profile('smoke')['rl'] | dict(engine='vllm', updates=2), 6)
+    assert seen == dict(synced=1 + 2 * 2, asked=1 + 2 * 2)  # once before the first update, then for each turn
+    assert log['update'].max() == 1
+
+
+@pytest.mark.skipif(find_spec('vllm') is not None, reason='vLLM is here')
+def test_vllm_is_refused_where_it_is_not_installed():
+    with pytest.raises(ValueError, match='rl.engine'): load_profile('smoke', ['rl.engine=vllm'])
