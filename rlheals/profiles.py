@@ -84,7 +84,7 @@ TINY = dict(
     surgery=dict(
         ranks=[.25, .5, .75, 1.],  # top shares of the directions put back
         blocks=4,  # equal blocks of layers
-        edits=['directions', 'both', 'values', 'interpolation', 'random'],
+        edits=['directions', 'both', 'orthogonal', 'values', 'interpolation', 'matched', 'random', 'parameters'],
         threads=1),
 )
 
@@ -101,7 +101,7 @@ PROFILES = dict(  # changes of `TINY`
         rl=dict(starts=[2, 4], updates=2, envs=8, epochs=1, minibatch=8),
         grpo=dict(starts=[4], updates=1, responses=16, epochs=1, minibatch=16),
         eval=dict(episodes=8, per_job=2),
-        surgery=dict(ranks=[.5, 1.], blocks=2, edits=['directions', 'values'])),
+        surgery=dict(ranks=[.5, 1.], blocks=2, edits=['directions', 'orthogonal', 'values', 'random', 'parameters'])),
 )
 
 def _settings(profile, task):  # the settings of a profile for a task
@@ -113,7 +113,7 @@ def _settings(profile, task):  # the settings of a profile for a task
     return out
 
 # %% ../nbs/08_profiles.ipynb #06000a59
-EDITS = ('directions', 'both', 'values', 'interpolation', 'matched', 'random')  # what surgery can put back; see its chapter
+EDITS = ('directions', 'both', 'orthogonal', 'values', 'interpolation', 'matched', 'random', 'parameters')  # what surgery can put back; see its chapter
 
 def _parse(key, text, default):  # text -> a value of the default's type
     want = type(default)
