@@ -7,7 +7,7 @@ __all__ = ['TAKES', 'PLACES', 'SWEEPS', 'join', 'chosen', 'splice', 'polar', 'sp
            'random_rotation', 'random_parameters', 'edit_matrix', 'how_far', 'Surgery', 'operate', 'surgery_plan',
            'surgery_ends', 'surgery_stage']
 
-# %% ../nbs/16_surgery.ipynb #88c539f6
+# %% ../nbs/16_surgery.ipynb #0770badf
 from dataclasses import replace
 from .evaluate import evaluate, evaluation_parts
 from .models import load_model, pick_device, save_model, set_up_torch
@@ -15,9 +15,9 @@ from .profiles import EDITS, Run
 from .spectra import decompose, full_precision, principal_angles, rank_of_share, svd
 from .stats import landmarks
 from .tasks import hash64
-from .weights import check_same, matrices, open_model
+from .weights import check_same, matrices, open_model, read
 
-# %% ../nbs/16_surgery.ipynb #bec1af4d
+# %% ../nbs/16_surgery.ipynb #8d83182a
 TAKES = ('directions', 'both', 'values')
 
 def join(
@@ -66,28 +66,29 @@ def polar(
     P, _, Qt = svd(M, str(M.dtype).removeprefix('torch.'))
     return P @ Qt
 
-# %% ../nbs/16_surgery.ipynb #7def6bee
+# %% ../nbs/16_surgery.ipynb #f9c7bbda
 def splices(
     donor,  # U (m, r), S (r), Vt (r, n)
     target,  # the same shapes
     ks: list[int],  # numbers of leading indices, ascending
     take: str = 'directions',  # as in `splice`
+    W=None,  # (m, n), the target's matrix where it is at hand; it is changed
 ):
-    "Yield `splice(donor, target, k)` for each k, each made from the one before."
+    "Yield `splice(donor, target, k)` for each k: one tensor, changed in place from each to the next."
     import torch
     if list(ks) != sorted(ks): raise ValueError(f'ks={list(ks)} must ascend: each matrix is made from the one before')
     if take not in TAKES: raise ValueError(f'take is one of {", ".join(TAKES)}, not {take!r}')
     (Ud, Sd, Vd), (Ut, St, Vt) = donor, target
     if ks: chosen(len(St), ks[-1])
     U, V, S = Ut if take == 'values' else Ud, Vt if take == 'values' else Vd, St if take == 'directions' else Sd
-    with full_precision(): W, done = join(target), 0
+    with full_precision(): W, done = join(target) if W is None else W, 0
     for k in ks:
         i = slice(done, k)
-        with full_precision(): W = torch.addmm(W, torch.cat([U[:, i] * S[i], -(Ut[:, i] * St[i])], 1), torch.cat([V[i], Vt[i]]))
+        with full_precision(): W.addmm_(torch.cat([U[:, i] * S[i], -(Ut[:, i] * St[i])], 1), torch.cat([V[i], Vt[i]]))
         done = k
         yield W
 
-# %% ../nbs/16_surgery.ipynb #fbdcc800
+# %% ../nbs/16_surgery.ipynb #395f59af
 def interpolate(
     donor,  # (m, n)
     target,  # (m, n)
@@ -105,7 +106,7 @@ def interpolate_matched(
     gap = (donor - target).norm()
     return interpolate(donor, target, distance / gap) if gap > 0 else target.clone()
 
-# %% ../nbs/16_surgery.ipynb #9444f162
+# %% ../nbs/16_surgery.ipynb #443acbda
 def _random_basis(A, n, generator):  # n random orthonormal columns, orthogonal to those of A
     import torch
     noise = torch.randn(len(A), n, generator=generator, dtype=torch.float64).to(A)  # drawn on the CPU: the same on every device
@@ -130,7 +131,7 @@ def random_rotation(
         return torch.cat([(A @ P * theta.cos() + Q * theta.sin()) @ P.T, ours[:, k_top:]], 1)
     return turned(donor[0], Ut), S, turned(donor[2].T, Vt.T).T
 
-# %% ../nbs/16_surgery.ipynb #d8c31f96
+# %% ../nbs/16_surgery.ipynb #84aff581
 def random_parameters(
     donor,  # (m, n)
     target,  # (m, n)
@@ -145,7 +146,7 @@ def random_parameters(
     out.view(-1)[i] = donor.reshape(-1)[i]
     return out
 
-# %% ../nbs/16_surgery.ipynb #af32a885
+# %% ../nbs/16_surgery.ipynb #2e22bc07
 PLACES = ('top', 'tail', 'middle')
 
 def edit_matrix(
@@ -178,7 +179,7 @@ def how_far(
     gap, move = donor - target, edited - target
     return dict(size=(move.norm() / gap.norm()).item(), progress=((move * gap).sum() / gap.norm()**2).item(), left=((donor - edited).norm() / gap.norm()).item())
 
-# %% ../nbs/16_surgery.ipynb #c86b0507
+# %% ../nbs/16_surgery.ipynb #79d18b74
 class Surgery:
     "Edits of a target model towards a donor. Without `cache` the SVDs of both stay in memory: up to four times the model in float32."
     def __init__(self,
@@ -231,8 +232,8 @@ class Surgery:
         ladders = {}
         for n in self.names(layers, kinds):
             donor, target = self.svds(n)
-            ladders[n] = splices(donor, target, [rank_of_share(s, len(target[1])) for s in shares], edit)
-        for share in shares: yield share, self.stored({n: next(ladder) for n, ladder in ladders.items()})
+            ladders[n] = splices(donor, target, [rank_of_share(s, len(target[1])) for s in shares], edit, read(self.of['target'][n], self.device, self.dtype).clone())
+        for share in shares: yield share, self.stored({n: next(ladder).clone() for n, ladder in ladders.items()})
 
     def stored(self, edited: dict) -> dict:  # name of a tensor -> tensor
         "Matrices as the target stores them: in its type, on its device, fused ones together."
@@ -255,7 +256,7 @@ class Surgery:
         if unknown := model.load_state_dict(new, strict=False).unexpected_keys: raise ValueError(f'the model has no {unknown[0]!r}: its names differ from those of its weights')
         save_model(model, tok, path)
 
-# %% ../nbs/16_surgery.ipynb #4854f852
+# %% ../nbs/16_surgery.ipynb #215f6cf7
 def operate(*,  # by keyword only: donor and target are too easily swapped
     target_weights: dict,  # name -> tensor, as from `model.state_dict()`
     donor_weights: dict,  # the same
@@ -267,7 +268,7 @@ def operate(*,  # by keyword only: donor and target are too easily swapped
     "One edit; for several on the same pair make a `Surgery` once."
     return Surgery(donor_weights, target_weights).edit(edit, share, layers, seed)
 
-# %% ../nbs/16_surgery.ipynb #4500c202
+# %% ../nbs/16_surgery.ipynb #ebfed599
 SWEEPS = ('rank', 'layers', 'impose', 'seed')
 
 def surgery_plan(
