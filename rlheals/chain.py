@@ -7,7 +7,7 @@ __all__ = ['PAPER', 'HOME', 'TABLES', 'ChainError', 'sft_files', 'rl_files', 'gr
            'figure_inputs', 'figures_dir', 'provenance', 'draw_figure', 'progress', 'Job', 'snakemake', 'plan',
            'seconds', 'makespan', 'clock', 'execute', 'open_run']
 
-# %% ../nbs/19_chain.ipynb #5f835e7e
+# %% ../nbs/19_chain.ipynb #7ed99699
 import json, os, re, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,13 +18,13 @@ from .profiles import Run
 from .surgery import surgery_plan
 from .tasks import TASKS
 
-# %% ../nbs/19_chain.ipynb #a3a30146
+# %% ../nbs/19_chain.ipynb #bdb8e6eb
 PAPER = (Path(__file__).parents[1] if '__file__' in globals() else Path('..').resolve())/'nbs'/'paper'  # the chain's notebooks
 
 class ChainError(RuntimeError):
     "A stage failed, or the chain cannot start: the message says which, and where its log is."
 
-# %% ../nbs/19_chain.ipynb #09461fe8
+# %% ../nbs/19_chain.ipynb #5a31102b
 def sft_files(run: Run) -> list[Path]:
     "What the SFT stage makes: its checkpoints and the table of losses."
     return [run.checkpoint('sft', s)/'model.safetensors' for s in run.config['sft']['checkpoints']] + [run.table('losses')]
@@ -37,7 +37,7 @@ def grpo_files(run: Run, start: int) -> list[Path]:
     "What GRPO from one checkpoint makes."
     return [run.checkpoint('grpo', start)/'model.safetensors', run.table(f'grpo-{start:06d}')]
 
-# %% ../nbs/19_chain.ipynb #19e978a6
+# %% ../nbs/19_chain.ipynb #f8402473
 HOME = 'general_points'  # the task whose figures are not in a directory of their own
 
 TABLES = dict(  # table of a figure -> names of a run's tables
@@ -50,8 +50,11 @@ TABLES = dict(  # table of a figure -> names of a run's tables
     angles=lambda run: ['angles'],
     rotation=lambda run: ['rotation'],
     energy=lambda run: ['energy'],
-    surgery=lambda run: ['surgery-rank', 'surgery-layers'],
+    surgery=lambda run: ['surgery-rank', 'surgery-layers'] + ['surgery-seed'] * (run.seed > 0),  # the last: a donor from the seed before
     imposed=lambda run: ['surgery-impose'],
+    states=lambda run: ['states'],
+    drift=lambda run: ['drift'],
+    next_token=lambda run: ['next_token'],
 )
 
 def variants(
@@ -89,7 +92,7 @@ def figures_dir(
     base = Path(run.root).resolve().parent/'figures' if run.dir.name == 'tiny' else run.dir/'figures'
     return base if run.task_name == HOME or figure in ACROSS else base/run.task_dir
 
-# %% ../nbs/19_chain.ipynb #f37ece16
+# %% ../nbs/19_chain.ipynb #a0c68b2f
 def provenance(run: Run, inputs: list[Path], seeds: int, tasks) -> dict:
     "Where a result comes from: package version and commit, settings, tasks, seeds, library versions, hashes of the inputs."
     import hashlib
@@ -118,7 +121,7 @@ def draw_figure(
     save(picture, data, stem, provenance(run, figure_inputs(run, figure, seeds, tasks), seeds, tasks))
     return stem.with_suffix('.png'), data
 
-# %% ../nbs/19_chain.ipynb #bff7417a
+# %% ../nbs/19_chain.ipynb #efd5f4c1
 def _progress_file(folder, job, run): return Path(folder)/f'{job}.{run.task_dir}.{run.seed}.json'  # a stage writes it, the command line reads it
 
 @contextmanager
@@ -144,11 +147,11 @@ def progress(
     try: yield write
     finally: path.unlink(missing_ok=True)
 
-# %% ../nbs/19_chain.ipynb #b6904e74
+# %% ../nbs/19_chain.ipynb #7f3a72d1
 @dataclass(frozen=True)
 class Job:
     "One notebook to execute."
-    rule: str  # `sft`, `rl`, `grpo`, `evaluate`, `spectra`, `surgery`, `figure`
+    rule: str  # `sft`, `rl`, `grpo`, `evaluate`, `spectra`, `surgery`, `drift`, `figure`
     name: str  # like `rl-000128`
     task: str
     seed: int
@@ -187,13 +190,13 @@ def plan(run: Run, seeds: int = 1, targets=(), tasks=()) -> list[Job]:
         seed = int(m[1]) if (m := re.search(r'seed(\d+)', row['output_file'])) else 0
         rule, number = row['rule'].split('_')  # as the Snakefile names its rules: the stage, and the number of the task
         task = '' if number == 'all' else (tasks or [run.task_name])[int(number)]
-        name = {'sft': 'sft', 'spectra': 'spectra', 'figure': path.stem}.get(rule)
+        name = {'sft': 'sft', 'spectra': 'spectra', 'drift': 'drift', 'figure': path.stem}.get(rule)
         name = name or (path.parent.name if path.name == 'model.safetensors' else path.stem.replace('advantages-', 'rl-'))
         found.setdefault((rule, name, task, seed), []).append(path)
-    order = ('sft', 'evaluate', 'rl', 'grpo', 'spectra', 'surgery', 'figure')
+    order = ('sft', 'evaluate', 'rl', 'grpo', 'spectra', 'surgery', 'drift', 'figure')
     return sorted((Job(*what, tuple(f)) for what, f in found.items()), key=lambda j: (order.index(j.rule), j.task, j.seed, len(j.name), j.name))
 
-# %% ../nbs/19_chain.ipynb #8a2f3743
+# %% ../nbs/19_chain.ipynb #bfe70fc7
 def seconds(job: Job, run: Run) -> float:
     "A rough time for a job, in seconds."
     c = (replace(run, task_name=job.task) if job.task else run).config
@@ -205,14 +208,14 @@ def seconds(job: Job, run: Run) -> float:
     if job.rule == 'evaluate': return 9 + e['per_job'] * evaluation
     if job.rule == 'surgery':
         return 10 + len(surgery_plan(job.name.removeprefix('surgery-'), c['surgery'], c['surgery']['blocks'])) * evaluation
-    return 10 if job.rule == 'spectra' else 6
+    return 12 if job.rule in ('spectra', 'drift') else 6
 
 def makespan(jobs: list[Job], run: Run, cores: int) -> float:
     "A rough time for several jobs on some cores: SFT is alone, the others run side by side."
     first = sum(seconds(j, run) for j in jobs if j.rule == 'sft')
     return first + sum(seconds(j, run) for j in jobs if j.rule != 'sft') / cores
 
-# %% ../nbs/19_chain.ipynb #857a527e
+# %% ../nbs/19_chain.ipynb #8c46c8cd
 def clock(s: float) -> str:
     "Seconds as minutes:seconds."
     return f"{int(s) // 60}:{int(s) % 60:02d}"
@@ -299,7 +302,7 @@ def _left(cost, done, part, elapsed, jobs):  # seconds; the estimate, corrected 
     rate = (gone + .1 * total) / (elapsed + .1 * prior)  # starts at the estimate, follows the facts
     return (total - gone) / rate
 
-# %% ../nbs/19_chain.ipynb #3b223159
+# %% ../nbs/19_chain.ipynb #d941ba9b
 def open_run(
     profile: str = 'tiny',
     changes: str = '',  # `section.key=value`, several with `;` between

@@ -86,6 +86,11 @@ TINY = dict(
         blocks=4,  # equal blocks of layers
         edits=['directions', 'both', 'orthogonal', 'values', 'interpolation', 'matched', 'random', 'parameters'],
         threads=1),
+    drift=dict(
+        prompts=96,  # per split, whose hidden states are compared
+        top_k=10,  # next tokens whose overlap is taken
+        permutations=200,  # of the test of MMD
+        threads=1),
 )
 
 OF_TASK = dict(  # what differs between tasks (paper: 48 episodes of navigation, 200 of rank and determinant)
@@ -101,7 +106,8 @@ PROFILES = dict(  # changes of `TINY`
         rl=dict(starts=[2, 4], updates=2, envs=8, epochs=1, minibatch=8),
         grpo=dict(starts=[4], updates=1, responses=16, epochs=1, minibatch=16),
         eval=dict(episodes=8, per_job=2),
-        surgery=dict(ranks=[.5, 1.], blocks=2, edits=['directions', 'orthogonal', 'values', 'random', 'parameters'])),
+        surgery=dict(ranks=[.5, 1.], blocks=2, edits=['directions', 'orthogonal', 'values', 'random', 'parameters']),
+        drift=dict(prompts=8, permutations=20)),
 )
 
 def _settings(profile, task):  # the settings of a profile for a task
@@ -133,7 +139,7 @@ def _check(c):
         if not ok: raise ValueError(f'{key}={c[section][name]!r} does not work: it must be {rule}')
     counts = ('sft.examples', 'sft.test_examples', 'sft.max_steps', 'sft.batch_size', 'sft.threads', 'rl.updates',
               'rl.envs', 'rl.turns', 'rl.epochs', 'rl.minibatch', 'rl.micro_batch', 'grpo.updates', 'grpo.responses', 'grpo.epochs', 'grpo.minibatch', 'grpo.threads', 'rl.threads', 'eval.episodes', 'model.max_new_tokens', 'eval.per_job',
-              'eval.threads', 'spectra.threads', 'surgery.blocks', 'surgery.threads')
+              'eval.threads', 'spectra.threads', 'surgery.blocks', 'surgery.threads', 'drift.prompts', 'drift.top_k', 'drift.permutations', 'drift.threads')
     for key in counts: s, n = key.split('.'); need(c[s][n] >= 1, key, 'at least 1')
     for key in ('sft.learning_rate', 'rl.learning_rate', 'rl.value_learning_rate', 'rl.temperature', 'rl.clip', 'rl.max_grad_norm', 'rl.adam_eps',
                 'grpo.learning_rate', 'grpo.temperature', 'grpo.clip', 'grpo.max_grad_norm', 'grpo.adam_eps'):
