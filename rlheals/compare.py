@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROMPTS', 'SECTIONS', 'matrix_rows', 'read_prompts', 'divergence', 'logps', 'percent', 'explain', 'compare']
 
-# %% ../nbs/19b_compare.ipynb #938723a7
+# %% ../nbs/19b_compare.ipynb #882e32a1
 import json
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from .surgery import Surgery
 from .tasks import hash64
 from .weights import KINDS, catalogues, locate, open_model
 
-# %% ../nbs/19b_compare.ipynb #9a7fa378
+# %% ../nbs/19b_compare.ipynb #ed8ea5b9
 @full_precision()
 def matrix_rows(at, before, after, share: float):
     "What happened to one matrix, and (`random_`) what a random change of the same size does: changes relative to the Frobenius norm, mean angles in degrees."
@@ -34,7 +34,7 @@ def matrix_rows(at, before, after, share: float):
         out[f'random_angle_{side}'] = principal_angles(A[:, :k], R[:, :k]).mean().item()
     return [out | rotation_split(W, W_new, k, basis=(U, S, Vt))]
 
-# %% ../nbs/19b_compare.ipynb #ba0b7aae
+# %% ../nbs/19b_compare.ipynb #a97dfc9b
 PROMPTS = [
     'What is the capital of France?', 'Name three primary colours.', 'How many legs does a spider have?', 'Who wrote Hamlet?', 'What is 17 plus 26?', 'What is 9 times 8?',
     'Is 91 a prime number?', 'A train goes 60 km in 45 minutes. How fast is it?', 'Translate "good morning" into Spanish.', 'Write one sentence about the sea.',
@@ -66,7 +66,7 @@ def logps(model, contexts, answers):
             logits = model(input_ids=torch.tensor([c + a], device=model.device), use_cache=False).logits[0, len(c) - 1:len(c) + max(len(a), 1) - 1]
             yield logits.float().log_softmax(-1).cpu()
 
-# %% ../nbs/19b_compare.ipynb #6eea6e2a
+# %% ../nbs/19b_compare.ipynb #b9e7f36f
 def percent(x: float) -> str:
     "A share in percent, with two digits."
     return f'{100 * x:.2g} %' if x < .995 else f'{100 * x:.0f} %'
@@ -77,6 +77,7 @@ def explain(
     tables: dict,  # of `compare`
     base: str, tuned: str, donor: str | None,  # how they were given
     share: float,  # of the rank
+    dtype: str = 'float32',  # that was computed in
 ) -> dict[str, str]:
     "What the tables say, by section, in Markdown."
     m, e, out = tables['matrices'], tables['energy'], {}
@@ -95,7 +96,8 @@ def explain(
     top = changed.assign(angle=changed[['angle_left', 'angle_right']].mean(axis=1)).sort_values('angle').iloc[-1]
     out['rotation'] = (f'The leading {percent(share)} of the directions turned by {turned.angle_left:.2g}° (left) and {turned.angle_right:.2g}° (right), median over matrices of the mean principal angle; '
                        f'a random change of the same size turns them by {chance.random_angle_left:.2g}° and {chance.random_angle_right:.2g}°. Tuning turned them {verdict} chance would. '
-                       f'Most turned: {_where(top)}, by {top.angle:.2g}°.')
+                       f'Most turned: {_where(top)}, by {top.angle:.2g}°.'
+                       + (' Angles this small are near what float32 resolves: run again with `--dtype float64`.' if dtype == 'float32' and min(far, rnd) < .02 else ''))
     shares = changed[list(PARTS)].mean()
     plain = e[e.part.isin(PARTS)].groupby('part')['unstructured'].mean()
     out['energy'] = ('Of the energy of the updates ' + ', '.join(f'{percent(shares[p])} is {p} (an update without structure: {percent(plain[p])})' for p in PARTS)
@@ -104,10 +106,10 @@ def explain(
         d, t = tables['drift'].pivot_table(index=['pair', 'layer'], columns='metric', values='value'), tables['next_token']
         d = d.loc['tuned vs base']
         mean = t.groupby(['metric', 'checkpoint'])['value'].mean()
-        n, last = t.prompt.nunique(), d.index.max()
+        n, last, measured = t.prompt.nunique(), d.index.max(), d.dropna()
         sure = d.index[d.mmd_p < .05]
         out['drift'] = (f'On {n} prompts the hidden states of the last layer are {d.mmd[last]:.2g} apart (MMD; p = {d.mmd_p[last]:.2g} by paired permutation), with a likeness of shape of {d.cka[last]:.3f} (linear CKA). '
-                        + (f'The states differ beyond chance in {len(sure)} of {len(d)} layers, first in layer {sure.min()}. ' if len(sure) else 'In no layer do they differ beyond chance. ')
+                        + (f'The states differ beyond chance in {len(sure)} of {len(measured)} layers, first in layer {sure.min()}. ' if len(sure) else 'In no layer do they differ beyond chance. ')
                         + f"Along the base's answers the entropy of the next token goes from {mean['entropy', 'base']:.2f} to {mean['entropy', 'tuned']:.2f} nats and the margin of the likeliest from "
                         f"{percent(mean['margin', 'base'])} to {percent(mean['margin', 'tuned'])}; of the ten likeliest tokens {percent(mean['overlap', 'tuned vs base'])} are the same.")
     if 'restoration' in tables:
@@ -118,14 +120,14 @@ def explain(
             controls = {edit: k[edit, at] for edit in ('values', 'matched', 'random', 'parameters') if (edit, at) in k.index}
             name, best = min(controls.items(), key=lambda x: x[1])
             lines.append(f'- the top {percent(at)} of the directions: {v:.3g} nats; the best control there, {_controls[name]}, {best:.3g}: '
-                         + ('the directions do better' if v < .95 * best else 'the control does as well or better' if v > best else 'no clear difference'))
+                         + ('the directions do better' if v < .95 * best else 'the control does better' if v > 1.05 * best else 'no clear difference'))
         out['restoration'] = (f'The donor `{donor}` is {start:.3g} nats from the tuned model (divergence of next-token distributions, mean over prompts). With the donor\'s directions put into the matrices of these kinds, what is left of that is\n\n'
                               + '\n'.join(lines) + '\n\nA claim about directions holds only where they beat every control.')
     return out
 
 _controls = dict(values='the values alone', matched='a straight move as far', random='random directions turned as far', parameters='as many single parameters')
 
-# %% ../nbs/19b_compare.ipynb #69cadfcb
+# %% ../nbs/19b_compare.ipynb #4ccedd39
 def compare(
     base, tuned,  # each a directory, GGUF file, LoRA adapter or name on the hub
     out,  # directory for the results
@@ -170,7 +172,7 @@ def compare(
     del model
     for name, table in tables.items():
         with complete(out/f'{name}.parquet') as tmp: table.to_parquet(tmp, index=False)
-    _write(tables, {k: str(c) for k, c in given.items()}, share, out, say)
+    _write(tables, {k: str(c) for k, c in given.items()}, share, dtype, out, say)
     return tables
 
 def _restore(donor, tuned, kinds, ranks, dtype, device, cache, reference, contexts, answers, say):
@@ -187,19 +189,19 @@ def _restore(donor, tuned, kinds, ranks, dtype, device, cache, reference, contex
         rows.append(pd.DataFrame(dict(edit=edit, share=r, prompt=range(len(kl)), metric='divergence', value=kl)))
     return pd.concat(rows, ignore_index=True)
 
-# %% ../nbs/19b_compare.ipynb #4d3140a3
+# %% ../nbs/19b_compare.ipynb #3cb271b9
 SECTIONS = dict(  # heading, figure function (in which module), tables
     spectra=('The singular values', 'model_figures.spectra_figure', ['spectra']), rotation=('The directions', 'model_figures.rotation_figure', ['matrices']),
     energy=('Scaling or rotation?', 'figures.f13', ['energy']), drift=('Hidden states and next tokens', 'model_figures.f14', ['states', 'drift', 'next_token']),
     restoration=('The donor\'s directions put back', 'model_figures.restoration_figure', ['restoration']))
 
-def _write(tables, given, share, out, say):  # the figures and the notebook
+def _write(tables, given, share, dtype, out, say):  # the figures and the notebook
     import importlib, nbformat
     from importlib.metadata import version
     from nbclient import NotebookClient
     from rlheals.plots import save
-    words = explain(tables, given['base'], given['tuned'], given.get('donor'), share)
-    made = dict(rlheals=version('rlheals'), checkpoints=given, share=share, torch=version('torch'), transformers=version('transformers'))
+    words = explain(tables, given['base'], given['tuned'], given.get('donor'), share, dtype)
+    made = dict(rlheals=version('rlheals'), checkpoints=given, share=share, dtype=dtype, torch=version('torch'), transformers=version('transformers'))
     cell = nbformat.v4
     cells = [cell.new_markdown_cell(f"# {Path(given['tuned']).name} compared with {Path(given['base']).name}\n\n{words['summary']}\n\nMade by `rlheals compare`; the numbers behind every sentence are in the tables beside this notebook."),
              cell.new_code_cell("import pandas as pd\nfrom rlheals import figures, model_figures\ndef table(name): return pd.read_parquet(f'{name}.parquet')\n"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Seen', 'look', 'overlap', 'linear_cka', 'mmd', 'plane', 'drift_tables', 'drift_stage']
 
-# %% ../nbs/16b_drift.ipynb #e78ee9a6
+# %% ../nbs/16b_drift.ipynb #d21b4d15
 from collections import namedtuple
 from .evaluate import evaluation_parts
 from .models import encode, load_model, set_up_torch
@@ -13,7 +13,7 @@ from .profiles import Run
 from .stats import landmarks
 from .tasks import problem_set, seeded
 
-# %% ../nbs/16b_drift.ipynb #40b6d553
+# %% ../nbs/16b_drift.ipynb #171a6400
 Seen = namedtuple('Seen', 'states entropy margin top')  # (layers + 1, n, hidden); (n), nats; (n), 0 to 1; per prompt (positions, k) token ids
 
 def look(
@@ -53,37 +53,40 @@ def overlap(
     import torch
     return torch.tensor([(x[:, :, None] == y[:, None]).any(-1).float().mean().item() for x, y in zip(a.top, b.top)])
 
-# %% ../nbs/16b_drift.ipynb #43437c3e
+# %% ../nbs/16b_drift.ipynb #99ee89c1
+def _still(X): return bool((X - X[0]).norm() <= 1e-6 * X.norm())  # are all states the same?
+
 def linear_cka(
     X,  # (n, d), states of n prompts
     Y,  # (n, e), states of the same prompts elsewhere
 ) -> float:  # 0 to 1; NaN if all states of one are the same
     "Linear centred kernel alignment (Kornblith et al. 2019, equation 4 in its dual form)."
+    if _still(X) or _still(Y): return float('nan')
     X, Y = (Z.double() - Z.double().mean(0) for Z in (X, Y))
     K, L = X @ X.T, Y @ Y.T  # (n, n): cheaper than features where there are fewer prompts than features
     return ((K * L).sum() / (K.norm() * L.norm())).item()
 
-# %% ../nbs/16b_drift.ipynb #10e60ba5
+# %% ../nbs/16b_drift.ipynb #6c84da48
 def mmd(
     X,  # (n, d), states of n prompts at one checkpoint
     Y,  # (n, d), states of the same prompts at another
     permutations: int = 200,
     seed: int = 0,
-) -> tuple[float, float]:  # distance, 0 to about 1.4; p value of "no difference"
+) -> tuple[float, float]:  # distance, 0 to about 1.4; p value of "no difference"; NaN both if all states of one are the same
     "Maximum mean discrepancy with a Gaussian kernel of median width (Gretton et al. 2012, equation 5), and its paired permutation test."
     import torch
     if X.shape != Y.shape: raise ValueError(f'states of {tuple(X.shape)} and {tuple(Y.shape)}: give those of the same prompts in spaces of one size')
+    if _still(X) or _still(Y): return float('nan'), float('nan')
     n, Z = len(X), torch.cat([X, Y]).double()
     D = torch.cdist(Z, Z, compute_mode='donot_use_mm_for_euclid_dist')
     width = D[~torch.eye(2 * n, dtype=torch.bool)].median()
-    if width == 0: return 0., 1.
     K = torch.exp(-D.square() / (2 * width**2))
     H = K[:n, :n] + K[n:, n:] - K[:n, n:] - K[n:, :n]  # (n, n)
     signs = torch.randint(0, 2, (permutations, n), generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
     drawn, found = ((signs @ H) * signs).sum(1), H.sum()
     return (found.clamp(min=0) / n**2).sqrt().item(), ((drawn >= found - 1e-12).sum().item() + 1) / (permutations + 1)
 
-# %% ../nbs/16b_drift.ipynb #99baf02a
+# %% ../nbs/16b_drift.ipynb #3e3d3e9c
 def plane(
     clouds: dict,  # label -> (n, d)
 ) -> tuple[dict, list[float]]:  # label -> (n, 2); the shares of variance along both axes
@@ -95,7 +98,7 @@ def plane(
     axes = Vt[:2] * Vt[:2].gather(1, Vt[:2].abs().argmax(1, keepdim=True)).sign()
     return {k: (C.double() - middle) @ axes.T for k, C in clouds.items()}, (S[:2].square() / S.square().sum()).tolist()
 
-# %% ../nbs/16b_drift.ipynb #bc96a8b4
+# %% ../nbs/16b_drift.ipynb #30c0ab92
 def drift_tables(
     seen: dict,  # label of a checkpoint -> `Seen`, all on the same prompts
     pairs,  # (label, label) to compare, later checkpoint first
@@ -119,7 +122,7 @@ def drift_tables(
     for a, b in pairs: tokens.append(pd.DataFrame(dict(checkpoint=f'{a} vs {b}', prompt=range(n), metric='overlap', value=overlap(seen[a], seen[b]).double())))
     return dict(states=pd.concat(states, ignore_index=True), drift=pd.DataFrame(distances), next_token=pd.concat(tokens, ignore_index=True))
 
-# %% ../nbs/16b_drift.ipynb #ed8fa303
+# %% ../nbs/16b_drift.ipynb #b137380b
 def drift_stage(run: Run):
     "The drift of a run from SFT_MaxOOD to SFT_End and RL_End, on test problems and their experts' answers: writes the tables `states`, `drift` and `next_token`."
     import pandas as pd

@@ -6,13 +6,13 @@
 __all__ = ['ERRORS', 'TASK_NAMES', 'KINDS', 'FIGURES', 'NEEDS', 'ACROSS', 'f1', 'f2', 'f3', 'f4', 'f5', 'f6', 'f7', 'f8', 'f9',
            'f10', 'f12', 'f11', 'f13', 's1', 'draw']
 
-# %% ../nbs/18_figures.ipynb #e5cb2d33
+# %% ../nbs/18_figures.ipynb #2d5ff8be
 import numpy as np
 from .model_figures import f14
 from .plots import EDITS, MUTED, RL, SFT, SPLITS, curve, figure, percent_axis, reach, rows, steps_axis, top_legend, with_seeds
 from .stats import differences, landmarks, summarise
 
-# %% ../nbs/18_figures.ipynb #9325c16a
+# %% ../nbs/18_figures.ipynb #01fb292f
 def _above(x, gap):  # stretches (left, right) of x where the polyline of gap is above 0
     out = []
     for a, b, u, v in zip(x, x[1:], gap, gap[1:]):
@@ -57,7 +57,7 @@ def f1(tables):
                      Patch(color=RL, alpha=.12, lw=0, label='RL above SFT on average')])
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #0b1a2b22
+# %% ../nbs/18_figures.ipynb #27b9914f
 def _by_split(ax, data, best, scale=100, named=True):  # a curve per split; best: the step of SFT's best OOD accuracy
     ax.axvline(best, color=MUTED, lw=.8, ls=':', zorder=0)
     if named: ax.annotate('best OOD', (best, 1), (0, 1.5), xycoords=('data', 'axes fraction'), textcoords='offset points',
@@ -78,7 +78,7 @@ def f2(tables):
     top_legend(fig, handles)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #11fefbb4
+# %% ../nbs/18_figures.ipynb #7b2000c4
 @figure('losses', 'sft_evaluation')
 def f3(tables):
     "Loss per answer token along SFT, on training examples and on ID and OOD test problems (95 % intervals over seeds). Dotted: the checkpoint with the best OOD accuracy."
@@ -95,7 +95,7 @@ def f3(tables):
     top_legend(fig, handles)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #6c3f1f11
+# %% ../nbs/18_figures.ipynb #52811c53
 ERRORS = dict(format_error='answer not in the format', rule_error='numbers read wrong', solving_error='solved wrong')
 
 @figure('sft_evaluation')
@@ -113,7 +113,7 @@ def f4(tables):
     top_legend(fig, handles)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #2e1540c7
+# %% ../nbs/18_figures.ipynb #feaed82f
 TASK_NAMES = dict(general_points='GeneralPoints', navigation='Navigation', rank='Rank', determinant='Determinant')
 
 def _by_task(df):  # task -> its rows; a table without the column is of one task without a name
@@ -159,7 +159,7 @@ def f5(tables):
     top_legend(fig, axes.flat[0].get_legend_handles_labels()[0])
     return fig, pd.concat(data, ignore_index=True)
 
-# %% ../nbs/18_figures.ipynb #5b85b67a
+# %% ../nbs/18_figures.ipynb #c4ac9a4f
 @figure('advantages')
 def f6(tables):
     "PPO's raw advantages by the SFT step RL started from: their distribution (the outermost bins hold what lies beyond), the share above zero, and the skewness, mean over updates (95 % intervals)."
@@ -197,7 +197,7 @@ def f6(tables):
     for axis in (ax, share, skew): axis.grid(False); axis.tick_params(axis='y', length=0)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #4f7bf05f
+# %% ../nbs/18_figures.ipynb #842f52f1
 KINDS = dict(q_proj='query', k_proj='key', v_proj='value', down_proj='MLP, down')
 
 def _over_layers(df, by):  # mean over seeds, then mean and range over layers
@@ -237,7 +237,7 @@ def f7(tables):
     top_legend(fig, axes[0, 0].get_legend_handles_labels()[0])
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #d910ceb2
+# %% ../nbs/18_figures.ipynb #3d5aad33
 def _pair_look(pairs):  # colour by family (SFT, RL), lighter from the second of a family on
     seen = {}
     for p in pairs: seen.setdefault('RL' if p.startswith('RL') else 'SFT', []).append(p)
@@ -276,7 +276,7 @@ def f8(tables):
                + [Line2D([], [], color='#222222', lw=1, ls=ls, label=f'{s} vectors') for s, ls in sides.items()], ncols=3)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #62825c2b
+# %% ../nbs/18_figures.ipynb #b45f40fd
 @figure('rotation', 'sft_evaluation')
 def f9(tables):
     "OOD accuracy of the SFT checkpoints against the mean principal angle of their leading singular subspaces, from the base and from SFT_MaxOOD (star; bars: 95 % intervals of accuracy; faint: before SFT_MaxOOD)."
@@ -305,7 +305,7 @@ def f9(tables):
     percent_axis(axes[0], 'OOD accuracy (%)')
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #9384c46f
+# %% ../nbs/18_figures.ipynb #2a2df1db
 def _surgery(tables, sweep):  # summary of one sweep's edits, and of the target and donor
     import pandas as pd
     s = rows(tables['surgery'], 'surgery', metric='success', split=('id', 'ood'))
@@ -354,7 +354,7 @@ def f12(tables):
     "Accuracy of the model after RL (target: RL_End) with the directions of the SFT checkpoint it started from (donor: SFT_End) imposed on it, by the share of the rank that is replaced, with controls (95 % intervals)."
     return _by_rank(_surgery(dict(surgery=tables['imposed']), 'impose'))
 
-# %% ../nbs/18_figures.ipynb #3ba93bf5
+# %% ../nbs/18_figures.ipynb #ed6b7b44
 def _block_key(block):  # all layers last, others by their first layer, short blocks first
     first, _, last = block.partition('-')
     return (1, 0, 0) if block == 'all' else (0, int(last or first) - int(first), int(first))
@@ -386,7 +386,7 @@ def f11(tables):
     _say_missing(fig, data)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #d63c154d
+# %% ../nbs/18_figures.ipynb #9af725ff
 @figure('energy')
 def f13(tables):
     "Above: shares of an update's energy, by matrix, mean over layers (bars: 95 % intervals over layers and seeds; dots: seeds; dotted: an update without structure). Below: root mean square of U^T dW V in blocks, for q of the middle layer, relative to the whole (log scale)."
@@ -418,7 +418,7 @@ def f13(tables):
     top_legend(fig, axes[0, 0].get_legend_handles_labels()[0])
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #52f060ee
+# %% ../nbs/18_figures.ipynb #9d4eb22b
 @figure('rl_log', across_tasks=True)
 def s1(tables):
     "Mean reward per answer on training problems, along RL from the last SFT checkpoint, per task (band: 95 % interval over seeds; thin: seeds)."
@@ -439,7 +439,7 @@ def s1(tables):
     top_legend(fig, list(handles.values()))
     return fig, pd.concat(data, ignore_index=True)
 
-# %% ../nbs/18_figures.ipynb #b1a52a64
+# %% ../nbs/18_figures.ipynb #f4c78499
 FIGURES = dict(F1=f1, F2=f2, F3=f3, F4=f4, F5=f5, F6=f6, F7=f7, F8=f8, F9=f9, F10=f10, F11=f11, F12=f12, F13=f13, F14=f14, S1=s1)
 NEEDS = {name: f.needs for name, f in FIGURES.items()}  # the tables of each figure
 ACROSS = tuple(name for name, f in FIGURES.items() if f.across_tasks)  # figures that show several tasks side by side

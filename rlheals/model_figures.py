@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['NAMES', 'KIND_NAMES', 'f14', 'kinds_shown', 'spectra_figure', 'rotation_figure', 'restoration_figure']
 
-# %% ../nbs/17b_model_figures.ipynb #c3bb58c0
+# %% ../nbs/17b_model_figures.ipynb #782e0337
 import numpy as np
 from .plots import EDITS, MUTED, OOD, RL, SFT, curve, figure, percent_axis, reach, rows, top_legend, with_seeds
 
-# %% ../nbs/17b_model_figures.ipynb #365c0a08
+# %% ../nbs/17b_model_figures.ipynb #3df6f447
 NAMES = dict(max_ood='SFT_MaxOOD', end='SFT_End', rl_end='RL_End', id='ID', ood='OOD')  # how labels of a run are written in figures
 KIND_NAMES = dict(q_proj='query', k_proj='key', v_proj='value', down_proj='MLP, down')
 
@@ -20,7 +20,7 @@ def _plane(ax, states, colours):  # one split, one layer, one seed
     middles = {}
     for label, colour in colours.items():
         c = states[states.checkpoint == label]
-        ax.plot(c.x, c.y, '.', ms=2.2, color=colour, alpha=.35, mew=0)
+        ax.plot(c.x, c.y, '.', ms=4, color=colour, alpha=.4, mew=0)
         middles[label] = c[['x', 'y']].mean().to_numpy()
     for (a, b), colour in zip(zip(list(middles), list(middles)[1:]), list(colours.values())[1:]):
         ax.add_patch(FancyArrowPatch(middles[a], middles[b], arrowstyle='-|>', connectionstyle='arc3,rad=.25', mutation_scale=9, shrinkA=3, shrinkB=3, color='#222222', lw=1, zorder=4))
@@ -59,6 +59,8 @@ def f14(tables):
                 for sure, part in m.groupby(m.p < .05) if metric == 'mmd' else ((True, m),): ax.plot(part.layer, part['mean'], 'o', ms=3, color=colour, alpha=alpha, mfc=colour if sure else 'white')
         ax.set(xlabel='layer (0: embeddings)', ylabel=label); ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 2].set_ylim(bottom=0)
+    low = min(.95, axes[1, 0].get_ylim()[0])
+    axes[1, 0].set_ylim(max(0, low), 1 + .04 * (1 - low))
     for ax, metrics, scale, label in ((axes[1, 1], ('entropy',), 1, 'entropy (nats)'), (axes[1, 2], ('margin', 'overlap'), 100, 'margin | overlap (%)')):
         d = with_seeds(rows(tokens, 'next_token', metric=metrics), ['metric', 'split', 'checkpoint'])
         data.append(d.assign(what=d.metric))
@@ -76,7 +78,7 @@ def f14(tables):
     top_legend(fig, handles, ncols=4)
     return fig, pd.concat(data, ignore_index=True)
 
-# %% ../nbs/17b_model_figures.ipynb #2f8a63fd
+# %% ../nbs/17b_model_figures.ipynb #28c9d9e4
 def kinds_shown(kinds) -> list[str]:
     "At most four kinds to give a panel each: those of the paper first."
     have = dict.fromkeys(kinds)
@@ -116,7 +118,7 @@ def rotation_figure(tables):
         d = m[m.kind == kind].sort_values('layer')
         for ax, side in zip(axes, ('left', 'right')): ax.plot(d.layer, d[f'angle_{side}'], 'o-', ms=2.5, lw=1, color=colour, label=KIND_NAMES.get(kind, kind))
         axes[2].plot(100 * d.change, 100 * d.spectrum_change, 'o', ms=3, color=colour, alpha=.7)
-    for ax, side in zip(axes, ('left', 'right')): ax.set(xlabel='layer', ylabel='mean angle (°)', title=f'{side} vectors', ylim=(0, max(1, m[['angle_left', 'angle_right']].max().max()) * 1.05)); ax.xaxis.get_major_locator().set_params(integer=True)
+    for ax, side in zip(axes, ('left', 'right')): ax.set(xlabel='layer', ylabel='mean angle (°)', title=f'{side} vectors', ylim=(0, max(1e-4, m[['angle_left', 'angle_right']].max().max()) * 1.05)); ax.xaxis.get_major_locator().set_params(integer=True)
     high = 105 * max(m.change.max(), m.spectrum_change.max(), 1e-6)
     axes[2].plot([0, high], [0, high], color=MUTED, lw=.8, ls=':')
     axes[2].set(xlabel='change of the matrix (%)', ylabel='change of its singular values (%)', title='size')

@@ -6,14 +6,14 @@
 __all__ = ['KINDS', 'Part', 'Stored', 'Matrix', 'parse_name', 'parts', 'locate', 'matrices', 'finite', 'read', 'weights',
            'check_same', 'catalogues', 'open_model']
 
-# %% ../nbs/14b_weights.ipynb #57bed450
+# %% ../nbs/14b_weights.ipynb #5fc1c636
 import json, re
 from collections import namedtuple
 from functools import lru_cache
 from pathlib import Path
 from .models import ASSETS, attention, load_model, pick_device
 
-# %% ../nbs/14b_weights.ipynb #57f51d9e
+# %% ../nbs/14b_weights.ipynb #8dd5cbac
 KINDS = ('q_proj', 'k_proj', 'v_proj', 'down_proj')  # the matrices that the paper analyses
 
 def parse_name(
@@ -24,7 +24,7 @@ def parse_name(
     if m := re.search(r'(?:^|\.)layers\.(\d+)\.(?:[\w.]+\.)?(\w+)\.weight$', name): return int(m[1]), m[2]
     if m := re.search(r'(?:^|\.)(embed_tokens|lm_head)\.weight$', name): return None, m[1]
 
-# %% ../nbs/14b_weights.ipynb #e6e0cf73
+# %% ../nbs/14b_weights.ipynb #39cc972d
 Part = namedtuple('Part', 'name layer kind rows')  # `rows`: (first, last + 1) of the stored tensor
 
 def parts(
@@ -48,7 +48,7 @@ def parts(
     for k, n in sizes.items(): out.append(Part(name.replace(f'.{kind}.', f'.{k}.'), layer, k, (at, at + n))); at += n
     return out
 
-# %% ../nbs/14b_weights.ipynb #b6dcda5a
+# %% ../nbs/14b_weights.ipynb #8d5e4acc
 Stored = namedtuple('Stored', 'shape read')  # a tensor of a checkpoint: `read(first, last)` gives rows of it
 
 def locate(
@@ -143,7 +143,7 @@ def _open(checkpoint, base=None):  # label, name -> Stored, configuration
     config = config | config.get('text_config', {})
     return str(path), tensors, config
 
-# %% ../nbs/14b_weights.ipynb #018b8834
+# %% ../nbs/14b_weights.ipynb #ee7efa72
 Matrix = namedtuple('Matrix', 'name layer kind shape tensor rows source load')  # `tensor`, `rows`: where it is stored; `load()` reads it
 
 def matrices(
@@ -188,7 +188,7 @@ def weights(
     "Yield (name, layer, kind, float32 tensor) for the 2-D weights of a checkpoint, one in memory at a time."
     for m in matrices(checkpoint, kinds).values(): yield m.name, m.layer, m.kind, read(m)
 
-# %% ../nbs/14b_weights.ipynb #f127138b
+# %% ../nbs/14b_weights.ipynb #0a852da7
 def check_same(
     shapes: dict,  # label of a checkpoint -> {name of a matrix: shape}
 ):
@@ -208,7 +208,7 @@ def catalogues(
     if out: check_same({p: {n: m.shape for n, m in c.items()} for p, c in out.items()})
     return out
 
-# %% ../nbs/14b_weights.ipynb #3407b3e3
+# %% ../nbs/14b_weights.ipynb #35c09317
 def open_model(
     checkpoint,  # directory, GGUF file, adapter, or name on the hub
     device: str = 'auto',
@@ -225,6 +225,8 @@ def open_model(
         device = pick_device(device)
         tok = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, padding_side='left')
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=getattr(torch, dtype), attn_implementation=attention(device))
+        model.hf_quantizer = None  # the weights are wide now: an ordinary model, which can be trained and saved
+        if hasattr(model.config, 'quantization_config'): del model.config.quantization_config
         if tok.pad_token_id is None: tok.pad_token = tok.eos_token
         return model.to(device).eval(), tok
     if (path/'adapter_config.json').is_file():

