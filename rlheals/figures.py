@@ -6,12 +6,13 @@
 __all__ = ['ERRORS', 'TASK_NAMES', 'KINDS', 'FIGURES', 'NEEDS', 'ACROSS', 'f1', 'f2', 'f3', 'f4', 'f5', 'f6', 'f7', 'f8', 'f9',
            'f10', 'f12', 'f11', 'f13', 's1', 'draw']
 
-# %% ../nbs/18_figures.ipynb #60fa93c6
+# %% ../nbs/18_figures.ipynb #2d5ff8be
 import numpy as np
+from .model_figures import f14
 from .plots import EDITS, MUTED, RL, SFT, SPLITS, curve, figure, percent_axis, reach, rows, steps_axis, top_legend, with_seeds
 from .stats import differences, landmarks, summarise
 
-# %% ../nbs/18_figures.ipynb #c472f053
+# %% ../nbs/18_figures.ipynb #01fb292f
 def _above(x, gap):  # stretches (left, right) of x where the polyline of gap is above 0
     out = []
     for a, b, u, v in zip(x, x[1:], gap, gap[1:]):
@@ -56,7 +57,7 @@ def f1(tables):
                      Patch(color=RL, alpha=.12, lw=0, label='RL above SFT on average')])
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #4a3af12e
+# %% ../nbs/18_figures.ipynb #27b9914f
 def _by_split(ax, data, best, scale=100, named=True):  # a curve per split; best: the step of SFT's best OOD accuracy
     ax.axvline(best, color=MUTED, lw=.8, ls=':', zorder=0)
     if named: ax.annotate('best OOD', (best, 1), (0, 1.5), xycoords=('data', 'axes fraction'), textcoords='offset points',
@@ -77,7 +78,7 @@ def f2(tables):
     top_legend(fig, handles)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #56220f75
+# %% ../nbs/18_figures.ipynb #7b2000c4
 @figure('losses', 'sft_evaluation')
 def f3(tables):
     "Loss per answer token along SFT, on training examples and on ID and OOD test problems (95 % intervals over seeds). Dotted: the checkpoint with the best OOD accuracy."
@@ -94,7 +95,7 @@ def f3(tables):
     top_legend(fig, handles)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #4447a125
+# %% ../nbs/18_figures.ipynb #52811c53
 ERRORS = dict(format_error='answer not in the format', rule_error='numbers read wrong', solving_error='solved wrong')
 
 @figure('sft_evaluation')
@@ -112,7 +113,7 @@ def f4(tables):
     top_legend(fig, handles)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #4f67fa1a
+# %% ../nbs/18_figures.ipynb #feaed82f
 TASK_NAMES = dict(general_points='GeneralPoints', navigation='Navigation', rank='Rank', determinant='Determinant')
 
 def _by_task(df):  # task -> its rows; a table without the column is of one task without a name
@@ -158,7 +159,7 @@ def f5(tables):
     top_legend(fig, axes.flat[0].get_legend_handles_labels()[0])
     return fig, pd.concat(data, ignore_index=True)
 
-# %% ../nbs/18_figures.ipynb #95ccd39f
+# %% ../nbs/18_figures.ipynb #c4ac9a4f
 @figure('advantages')
 def f6(tables):
     "PPO's raw advantages by the SFT step RL started from: their distribution (the outermost bins hold what lies beyond), the share above zero, and the skewness, mean over updates (95 % intervals)."
@@ -196,7 +197,7 @@ def f6(tables):
     for axis in (ax, share, skew): axis.grid(False); axis.tick_params(axis='y', length=0)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #4a1e74f5
+# %% ../nbs/18_figures.ipynb #842f52f1
 KINDS = dict(q_proj='query', k_proj='key', v_proj='value', down_proj='MLP, down')
 
 def _over_layers(df, by):  # mean over seeds, then mean and range over layers
@@ -236,7 +237,7 @@ def f7(tables):
     top_legend(fig, axes[0, 0].get_legend_handles_labels()[0])
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #c5c75207
+# %% ../nbs/18_figures.ipynb #3d5aad33
 def _pair_look(pairs):  # colour by family (SFT, RL), lighter from the second of a family on
     seen = {}
     for p in pairs: seen.setdefault('RL' if p.startswith('RL') else 'SFT', []).append(p)
@@ -275,7 +276,7 @@ def f8(tables):
                + [Line2D([], [], color='#222222', lw=1, ls=ls, label=f'{s} vectors') for s, ls in sides.items()], ncols=3)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #1497b10c
+# %% ../nbs/18_figures.ipynb #b45f40fd
 @figure('rotation', 'sft_evaluation')
 def f9(tables):
     "OOD accuracy of the SFT checkpoints against the mean principal angle of their leading singular subspaces, from the base and from SFT_MaxOOD (star; bars: 95 % intervals of accuracy; faint: before SFT_MaxOOD)."
@@ -304,7 +305,7 @@ def f9(tables):
     percent_axis(axes[0], 'OOD accuracy (%)')
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #11fe0556
+# %% ../nbs/18_figures.ipynb #2a2df1db
 def _surgery(tables, sweep):  # summary of one sweep's edits, and of the target and donor
     import pandas as pd
     s = rows(tables['surgery'], 'surgery', metric='success', split=('id', 'ood'))
@@ -313,6 +314,9 @@ def _surgery(tables, sweep):  # summary of one sweep's edits, and of the target 
     if unknown := set(edits.edit) - set(EDITS):
         raise ValueError(f"table 'surgery' has edits {sorted(unknown)} that no figure knows: use {', '.join(EDITS)}")
     return pd.concat([summarise(ends, ['split', 'edit']), summarise(edits, ['split', 'edit', 'share', 'layers'])])
+
+def _say_missing(fig, data):  # a control that one seed cannot have is not passed over
+    if 'other_seed' not in set(data.edit): fig.supxlabel('one seed: no control with the directions of another seed', fontsize=7, color=MUTED, x=.99, ha='right')
 
 def _references(ax, data):  # lines across for target and donor, with their intervals; handles for the legend
     for edit, ls in (('none', (0, (5, 2))), ('donor', '-')):
@@ -341,14 +345,16 @@ def _by_rank(data):
 @figure('surgery')
 def f10(tables):
     "Accuracy of the target model after the donor's directions are put back, by the share of the rank that is replaced, with controls (95 % intervals). Lines across: the target and the donor as they are."
-    return _by_rank(_surgery(tables, 'rank'))
+    fig, data = _by_rank(_surgery(tables, 'rank'))
+    _say_missing(fig, data)
+    return fig, data
 
 @figure('imposed')
 def f12(tables):
     "Accuracy of the model after RL (target: RL_End) with the directions of the SFT checkpoint it started from (donor: SFT_End) imposed on it, by the share of the rank that is replaced, with controls (95 % intervals)."
     return _by_rank(_surgery(dict(surgery=tables['imposed']), 'impose'))
 
-# %% ../nbs/18_figures.ipynb #13debac3
+# %% ../nbs/18_figures.ipynb #ed6b7b44
 def _block_key(block):  # all layers last, others by their first layer, short blocks first
     first, _, last = block.partition('-')
     return (1, 0, 0) if block == 'all' else (0, int(last or first) - int(first), int(first))
@@ -376,10 +382,11 @@ def f11(tables):
         ax.tick_params(axis='x', length=0)
         references = list(_references(ax, split_rows))
         percent_axis(ax, 'accuracy (%)')
-    top_legend(fig, [*references, *handles.values()])
+    top_legend(fig, [*references, *handles.values()], ncols=4)
+    _say_missing(fig, data)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #61bba5c9
+# %% ../nbs/18_figures.ipynb #9af725ff
 @figure('energy')
 def f13(tables):
     "Above: shares of an update's energy, by matrix, mean over layers (bars: 95 % intervals over layers and seeds; dots: seeds; dotted: an update without structure). Below: root mean square of U^T dW V in blocks, for q of the middle layer, relative to the whole (log scale)."
@@ -411,7 +418,7 @@ def f13(tables):
     top_legend(fig, axes[0, 0].get_legend_handles_labels()[0])
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #866e68eb
+# %% ../nbs/18_figures.ipynb #9d4eb22b
 @figure('rl_log', across_tasks=True)
 def s1(tables):
     "Mean reward per answer on training problems, along RL from the last SFT checkpoint, per task (band: 95 % interval over seeds; thin: seeds)."
@@ -432,8 +439,8 @@ def s1(tables):
     top_legend(fig, list(handles.values()))
     return fig, pd.concat(data, ignore_index=True)
 
-# %% ../nbs/18_figures.ipynb #3b1b0431
-FIGURES = dict(F1=f1, F2=f2, F3=f3, F4=f4, F5=f5, F6=f6, F7=f7, F8=f8, F9=f9, F10=f10, F11=f11, F12=f12, F13=f13, S1=s1)
+# %% ../nbs/18_figures.ipynb #f4c78499
+FIGURES = dict(F1=f1, F2=f2, F3=f3, F4=f4, F5=f5, F6=f6, F7=f7, F8=f8, F9=f9, F10=f10, F11=f11, F12=f12, F13=f13, F14=f14, S1=s1)
 NEEDS = {name: f.needs for name, f in FIGURES.items()}  # the tables of each figure
 ACROSS = tuple(name for name, f in FIGURES.items() if f.across_tasks)  # figures that show several tasks side by side
 

@@ -19,10 +19,13 @@ SPLITS = {'id': ('ID', ID, 'o', '-'), 'ood': ('OOD', OOD, 's', '-'), 'train': ('
 EDITS = {  # of `surgery`: label, colour, marker, line; controls are quieter
     'directions': ('directions', '#882E72', 'o', '-'),
     'both': ('directions and values', '#CC79A7', 's', '-'),
+    'orthogonal': ('directions, frames orthonormal', '#5B2A86', 'p', (0, (6, 1.5))),
     'values': ('values only (control)', '#8A8F98', 'v', ':'),
     'interpolation': ('interpolated weights (control)', '#B8892B', 'D', (0, (4, 2))),
     'matched': ('interpolated as far (control)', '#7A5C1E', 'd', (0, (3, 1, 1, 1))),
-    'random': ('random directions (control)', '#56A0C8', '^', (0, (1, 1)))}
+    'random': ('random directions (control)', '#56A0C8', '^', (0, (1, 1))),
+    'parameters': ('as many parameters (control)', '#3C7A57', 'P', (0, (2, 1))),
+    'other_seed': ('directions of another seed (control)', '#C44E52', 'X', (0, (4, 1, 1, 1)))}
 STYLE = {'font.family': 'DejaVu Sans', 'font.size': 7.5, 'axes.labelsize': 7.5, 'axes.titlesize': 8, 'xtick.labelsize': 7, 'ytick.labelsize': 7,
          'legend.fontsize': 7, 'legend.frameon': False, 'legend.handlelength': 1.8, 'legend.columnspacing': 1.4,
          'axes.spines.top': False, 'axes.spines.right': False, 'axes.linewidth': .6, 'axes.edgecolor': '#444444',

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TINY', 'OF_TASK', 'PROFILES', 'ENGINES', 'EDITS', 'load_profile', 'run_name', 'Run', 'launch']
 
-# %% ../nbs/08_profiles.ipynb #5f750665
+# %% ../nbs/08_profiles.ipynb #778cc178
 import copy, difflib, json, os, re, subprocess, sys
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -14,7 +14,7 @@ from pathlib import Path
 from .models import complete, pick_device
 from .tasks import hash64, load_task, task_options
 
-# %% ../nbs/08_profiles.ipynb #1db310e8
+# %% ../nbs/08_profiles.ipynb #801423f0
 TINY = dict(
     model=dict(
         name='tiny',  # `tiny`, a directory, or a name on the hub
@@ -89,7 +89,12 @@ TINY = dict(
     surgery=dict(
         ranks=[.25, .5, .75, 1.],  # top shares of the directions put back
         blocks=4,  # equal blocks of layers
-        edits=['directions', 'both', 'values', 'interpolation', 'random'],
+        edits=['directions', 'both', 'orthogonal', 'values', 'interpolation', 'matched', 'random', 'parameters'],
+        threads=1),
+    drift=dict(
+        prompts=96,  # per split, whose hidden states are compared
+        top_k=10,  # next tokens whose overlap is taken
+        permutations=200,  # of the test of MMD
         threads=1),
 )
 
@@ -109,7 +114,8 @@ PROFILES = dict(  # changes of `TINY`
         rl=dict(starts=[2, 4], updates=2, envs=8, epochs=1, minibatch=8),
         grpo=dict(starts=[4], updates=1, responses=16, epochs=1, minibatch=16),
         eval=dict(episodes=8, per_job=2),
-        surgery=dict(ranks=[.5, 1.], blocks=2, edits=['directions', 'values'])),
+        surgery=dict(ranks=[.5, 1.], blocks=2, edits=['directions', 'orthogonal', 'values', 'random', 'parameters']),
+        drift=dict(prompts=8, permutations=20)),
 )
 
 def _settings(profile, task):  # the settings of a profile for a task
@@ -120,9 +126,9 @@ def _settings(profile, task):  # the settings of a profile for a task
         for section, values in changes.items(): out[section].update(copy.deepcopy(values))
     return out
 
-# %% ../nbs/08_profiles.ipynb #484355b4
+# %% ../nbs/08_profiles.ipynb #077fc56e
 ENGINES = ('transformers', 'vllm')
-EDITS = ('directions', 'both', 'values', 'interpolation', 'matched', 'random')  # what surgery can put back; see its chapter
+EDITS = ('directions', 'both', 'orthogonal', 'values', 'interpolation', 'matched', 'random', 'parameters')  # what surgery can put back; see its chapter
 
 def _parse(key, text, default):  # text -> a value of the default's type
     want = type(default)
@@ -142,7 +148,7 @@ def _check(c):
         if not ok: raise ValueError(f'{key}={c[section][name]!r} does not work: it must be {rule}')
     counts = ('sft.examples', 'sft.test_examples', 'sft.max_steps', 'sft.batch_size', 'sft.threads', 'sft.processes', 'rl.updates', 'rl.processes',
               'rl.envs', 'rl.turns', 'rl.epochs', 'rl.minibatch', 'rl.micro_batch', 'grpo.updates', 'grpo.responses', 'grpo.epochs', 'grpo.minibatch', 'grpo.threads', 'rl.threads', 'eval.episodes', 'model.max_new_tokens', 'eval.per_job',
-              'eval.threads', 'spectra.threads', 'surgery.blocks', 'surgery.threads')
+              'eval.threads', 'spectra.threads', 'surgery.blocks', 'surgery.threads', 'drift.prompts', 'drift.top_k', 'drift.permutations', 'drift.threads')
     for key in counts: s, n = key.split('.'); need(c[s][n] >= 1, key, 'at least 1')
     for key in ('sft.learning_rate', 'rl.learning_rate', 'rl.value_learning_rate', 'rl.temperature', 'rl.clip', 'rl.max_grad_norm', 'rl.adam_eps',
                 'grpo.learning_rate', 'grpo.temperature', 'grpo.clip', 'grpo.max_grad_norm', 'grpo.adam_eps'):
@@ -199,7 +205,7 @@ def load_profile(
     _check(c)
     return c
 
-# %% ../nbs/08_profiles.ipynb #19f401a6
+# %% ../nbs/08_profiles.ipynb #ca2f9aa8
 def run_name(
     profile: str,
     changes=(),  # `section.key=value`
@@ -274,7 +280,7 @@ class Run:
         import pandas as pd
         return pd.concat([pd.read_parquet(self.table(n)) for n in names], ignore_index=True)
 
-# %% ../nbs/08_profiles.ipynb #8f2a3d3d
+# %% ../nbs/08_profiles.ipynb #79848c86
 def launch(
     run: Run,
     stage: str,  # `sft` or `rl`

@@ -43,7 +43,7 @@ def test_everything_is_there(home, run):
         for ext in ('png', 'svg', 'csv', 'json'): assert (run.dir/'figures'/f'{f}.{ext}').stat().st_size > 0
         record = json.loads((run.dir/'figures'/f'{f}.json').read_text())
         assert record['profile'] == 'smoke' and record['settings'] == run.config and all(len(h) == 64 for h in record['inputs'].values())
-    assert set(FIGURES) == {'F1', 'F2', 'F3', 'F4', 'F5', 'F6', 'F7', 'F8', 'F9', 'F10', 'F11', 'F12', 'F13', 'S1'}
+    assert set(FIGURES) == {'F1', 'F2', 'F3', 'F4', 'F5', 'F6', 'F7', 'F8', 'F9', 'F10', 'F11', 'F12', 'F13', 'F14', 'S1'}
     said = (home/'said').read_text()
     assert 'rl-000002' in said and 'left' in said
     assert not list(run.dir.rglob('.*.safetensors')) and not list((run.dir/'.progress').glob('*'))
@@ -140,7 +140,7 @@ def test_two_runs_do_not_mix(home, run):
 
 
 @pytest.mark.parametrize('notebook, parameters', [
-    ('01_sft', {}), ('02_rl', dict(start=2)), ('03_evaluate', dict(table='eval-rl-00')), ('04_spectra', {}), ('05_surgery', dict(sweep='layers')), ('06_figures', dict(figure='F1'))])
+    ('01_sft', {}), ('02_rl', dict(start=2)), ('03_evaluate', dict(table='eval-rl-00')), ('04_spectra', {}), ('05_surgery', dict(sweep='layers')), ('05b_drift', {}), ('06_figures', dict(figure='F1'))])
 def test_each_notebook_runs_alone(home, notebook, parameters):
     flags = [x for k, v in parameters.items() for x in ('-p', k, str(v))]
     done = subprocess.run([sys.executable, '-m', 'papermill', str(ROOT/'nbs'/'paper'/f'{notebook}.ipynb'), f'{notebook}.out.ipynb', '-p', 'profile', 'smoke', *flags],
