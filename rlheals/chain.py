@@ -148,7 +148,7 @@ def progress(
 @dataclass(frozen=True)
 class Job:
     "One notebook to execute."
-    rule: str  # `sft`, `rl`, `grpo`, `evaluate`, `spectra`, `surgery`, `figure`
+    rule: str  # `sft`, `rl`, `grpo`, `evaluate`, `spectra`, `surgery`, `figure`, `claims`
     name: str  # like `rl-000128`
     task: str
     seed: int
@@ -190,7 +190,7 @@ def plan(run: Run, seeds: int = 1, targets=(), tasks=()) -> list[Job]:
         name = {'sft': 'sft', 'spectra': 'spectra', 'figure': path.stem}.get(rule)
         name = name or (path.parent.name if path.name == 'model.safetensors' else path.stem.replace('advantages-', 'rl-'))
         found.setdefault((rule, name, task, seed), []).append(path)
-    order = ('sft', 'evaluate', 'rl', 'grpo', 'spectra', 'surgery', 'figure')
+    order = ('sft', 'evaluate', 'rl', 'grpo', 'spectra', 'surgery', 'figure', 'claims')
     return sorted((Job(*what, tuple(f)) for what, f in found.items()), key=lambda j: (order.index(j.rule), j.task, j.seed, len(j.name), j.name))
 
 # %% ../nbs/19_chain.ipynb #8a2f3743
