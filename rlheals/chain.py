@@ -7,7 +7,7 @@ __all__ = ['PAPER', 'HOME', 'TABLES', 'ChainError', 'sft_files', 'rl_files', 'gr
            'figure_inputs', 'seeds_together', 'figures_dir', 'provenance', 'draw_figure', 'progress', 'Job',
            'snakemake', 'plan', 'seconds', 'makespan', 'clock', 'execute', 'open_run']
 
-# %% ../nbs/19_chain.ipynb #ceb2e4cb
+# %% ../nbs/19_chain.ipynb #b5639538
 import json, os, re, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,13 +18,13 @@ from .profiles import Run
 from .surgery import surgery_plan
 from .tasks import TASKS
 
-# %% ../nbs/19_chain.ipynb #52906d70
+# %% ../nbs/19_chain.ipynb #2f88821d
 PAPER = (Path(__file__).parents[1] if '__file__' in globals() else Path('..').resolve())/'nbs'/'paper'  # the chain's notebooks
 
 class ChainError(RuntimeError):
     "A stage failed, or the chain cannot start: the message says which, and where its log is."
 
-# %% ../nbs/19_chain.ipynb #eda2c10d
+# %% ../nbs/19_chain.ipynb #73cc3119
 def sft_files(run: Run) -> list[Path]:
     "What the SFT stage makes: its checkpoints and the table of losses."
     return [run.checkpoint('sft', s)/'model.safetensors' for s in run.config['sft']['checkpoints']] + [run.table('losses')]
@@ -37,7 +37,7 @@ def grpo_files(run: Run, start: int) -> list[Path]:
     "What GRPO from one checkpoint makes."
     return [run.checkpoint('grpo', start)/'model.safetensors', run.table(f'grpo-{start:06d}')]
 
-# %% ../nbs/19_chain.ipynb #bb053d96
+# %% ../nbs/19_chain.ipynb #91fa3a43
 HOME = 'general_points'  # the task whose figures are not in a directory of their own
 
 TABLES = dict(  # table of a figure -> names of a run's tables
@@ -105,7 +105,7 @@ def figures_dir(
     base = Path(run.root).resolve().parent/'figures' if run.dir.name == 'tiny' else run.dir/'figures'
     return base if run.task_name == HOME or figure in ACROSS else base/run.task_dir
 
-# %% ../nbs/19_chain.ipynb #e38ccae2
+# %% ../nbs/19_chain.ipynb #2f14b55d
 def provenance(run: Run, inputs: list[Path], seeds: int, tasks) -> dict:
     "Where a result comes from: package version and commit, settings, tasks, seeds, library versions, hashes of the inputs."
     import hashlib
@@ -134,7 +134,7 @@ def draw_figure(
     save(picture, data, stem, provenance(run, figure_inputs(run, figure, seeds, tasks), seeds, tasks))
     return stem.with_suffix('.png'), data
 
-# %% ../nbs/19_chain.ipynb #5f247724
+# %% ../nbs/19_chain.ipynb #1927b36b
 def _progress_file(folder, job, run): return Path(folder)/f'{job}.{run.task_dir}.{run.seed}.json'  # a stage writes it, the command line reads it
 
 @contextmanager
@@ -160,11 +160,11 @@ def progress(
     try: yield write
     finally: path.unlink(missing_ok=True)
 
-# %% ../nbs/19_chain.ipynb #5e5fd320
+# %% ../nbs/19_chain.ipynb #f18b3e33
 @dataclass(frozen=True)
 class Job:
     "One notebook to execute."
-    rule: str  # `sft`, `rl`, `grpo`, `evaluate`, `spectra`, `surgery`, `drift`, `figure`
+    rule: str  # `sft`, `rl`, `grpo`, `evaluate`, `spectra`, `surgery`, `drift`, `figure`, `claims`
     name: str  # like `rl-000128`
     task: str
     seed: int
@@ -206,10 +206,10 @@ def plan(run: Run, seeds: int = 1, targets=(), tasks=()) -> list[Job]:
         name = {'sft': 'sft', 'spectra': 'spectra', 'drift': 'drift', 'figure': path.stem}.get(rule)
         name = name or (path.parent.name if path.name == 'model.safetensors' else path.stem.replace('advantages-', 'rl-'))
         found.setdefault((rule, name, task, seed), []).append(path)
-    order = ('sft', 'evaluate', 'rl', 'grpo', 'spectra', 'surgery', 'drift', 'figure')
+    order = ('sft', 'evaluate', 'rl', 'grpo', 'spectra', 'surgery', 'drift', 'figure', 'claims')
     return sorted((Job(*what, tuple(f)) for what, f in found.items()), key=lambda j: (order.index(j.rule), j.task, j.seed, len(j.name), j.name))
 
-# %% ../nbs/19_chain.ipynb #83da7492
+# %% ../nbs/19_chain.ipynb #5b63f054
 def seconds(job: Job, run: Run) -> float:
     "A rough time for a job, in seconds."
     c = (replace(run, task_name=job.task) if job.task else run).config
@@ -228,7 +228,7 @@ def makespan(jobs: list[Job], run: Run, cores: int) -> float:
     first = sum(seconds(j, run) for j in jobs if j.rule == 'sft')
     return first + sum(seconds(j, run) for j in jobs if j.rule != 'sft') / cores
 
-# %% ../nbs/19_chain.ipynb #5f5489a7
+# %% ../nbs/19_chain.ipynb #93398a90
 def clock(s: float) -> str:
     "Seconds as minutes:seconds."
     return f"{int(s) // 60}:{int(s) % 60:02d}"
@@ -315,7 +315,7 @@ def _left(cost, done, part, elapsed, jobs):  # seconds; the estimate, corrected 
     rate = (gone + .1 * total) / (elapsed + .1 * prior)  # starts at the estimate, follows the facts
     return (total - gone) / rate
 
-# %% ../nbs/19_chain.ipynb #1ad95e89
+# %% ../nbs/19_chain.ipynb #d9567ae7
 def open_run(
     profile: str = 'tiny',
     changes: str = '',  # `section.key=value`, several with `;` between

@@ -1,0 +1,119 @@
+"""The ledger: silent where there is nothing, the same from tables as from arrays, and what `rlheals claims` says."""
+import json, shutil, subprocess
+from pathlib import Path
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+from rlheals.chain import snakemake
+from rlheals.claims import CLAIMS
+from rlheals.cli import app
+from rlheals.ledger import check_ledger, judge_run, make_inputs, markdown, write_made_up
+from rlheals.profiles import Run
+from rlheals.trials import DESIGNS, WORLD, Design, Runs, false_positives, power
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize('name', DESIGNS)
+def test_what_is_false_is_not_called_replicated(name):
+    "In at most 5 % of 1,000 ledgers, for every claim and whichever of its parts is false, all else being as in the paper."
+    found = false_positives(DESIGNS[name], 1000)
+    assert set(c for c, _ in found) == set(CLAIMS)
+    assert max(found.values()) <= .05, {k: v for k, v in found.items() if v > .05}
+
+
+def test_what_the_paper_reports_is_seen():
+    "With the seeds that the chapter on trials says are needed on GeneralPoints."
+    for seeds, claims in ((5, 'C1 C5 C6 C8 C9'), (6, 'C2'), (8, 'C4 C10'), (10, 'C3'), (16, 'C7')):
+        strong = power(Design(seeds, 234, WORLD), 300)
+        assert all(strong[c] >= .8 for c in claims.split()), (seeds, strong)
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "Tables of two made-up tasks where a run of `tiny` would have left them."
+    root = tmp_path_factory.mktemp('made')/'runs'
+    for n, (task, seeds) in enumerate(dict(general_points=4, rank=3).items()):
+        write_made_up(Run('tiny', root=root, task_name=task), Runs(WORLD, seeds, 100, 1, n))
+    return root
+
+
+@pytest.fixture
+def root(made, tmp_path): return shutil.copytree(made, tmp_path/'runs')
+
+
+def claims(*words): return CliRunner().invoke(app, ['claims', *map(str, words)], env=dict(COLUMNS='160'))
+
+
+def test_command_prints_and_writes(root):
+    got = claims('--runs', root)
+    assert got.exit_code == 0, got.output
+    assert 'general_points: 4 seeds judged' in got.output and 'rank: 3 seeds judged' in got.output and not (root.parent/'figures').exists()
+    assert all(f'│ {c} ' in got.output for c in CLAIMS) and '[' in got.output
+    one = claims('--runs', root, '--task', 'rank', '--write')  # shows one, writes all
+    assert one.exit_code == 0 and 'general_points:' not in one.output
+    folder = root.parent/'figures'
+    table = pd.read_csv(folder/'ledger.csv')
+    assert len(table) == 20 and set(table.task) == {'general_points', 'rank'} and len(pd.read_csv(folder/'ledger_parts.csv')) == 2 * sum(len(c.parts) for c in CLAIMS.values())
+    assert (folder/'ledger.md').read_text() == markdown(table)
+    record = json.loads((folder/'ledger.json').read_text())
+    assert record['seeds'] == dict(general_points=[0, 1, 2, 3, 4], rank=[0, 1, 2, 3]) and record['chooses'] == [0] and all(len(h) == 64 for h in record['inputs'].values())
+
+
+def test_fewer_seeds_when_asked(root):
+    got = claims('--runs', root, '--task', 'general_points', '--seeds', 4)
+    assert got.exit_code == 0 and 'general_points: 3 seeds judged' in got.output
+
+
+def test_a_deleted_run_is_missed_and_a_new_one_judged_anew(root):
+    run = Run('tiny', root=root, task_name='rank')
+    before = judge_run(run, check_ledger(run, ['rank']))[1]
+    shutil.rmtree(root/'tiny'/'rank')
+    got = claims('--runs', root, '--task', 'rank')
+    assert got.exit_code == 2 and f'rlheals reproduce --profile tiny --task rank --seeds 4 --runs {root}' in ' '.join(got.output.split())
+    write_made_up(run, Runs(WORLD, 3, 100, 1, 7))
+    after = judge_run(run, check_ledger(run, ['rank']))[1]
+    assert (before['mean'] != after['mean']).any() and list(before.part) == list(after.part)
+
+
+def test_run_asks_the_chain_for_what_is_missing(root, monkeypatch):
+    "And for nothing else. (The chain itself is not started here.)"
+    run, asked = Run('tiny', root=root, task_name='rank'), []
+    monkeypatch.setattr('rlheals.ledger.execute', lambda *a, **k: asked.append((a[1], k['targets'], k['tasks'])))
+    make_inputs(run, ['rank'])
+    assert asked == []
+    run.table('spectra').unlink()
+    make_inputs(run, ['rank'], 4)
+    assert asked == [(4, ['rank/seed0/tables/spectra.parquet'], ['rank'])]
+
+
+def test_a_hole_in_a_table_is_said(root):
+    run = Run('tiny', root=root, task_name='rank', seed=2)
+    losses = pd.read_parquet(run.table('losses'))
+    losses[losses.checkpoint != 300].to_parquet(run.table('losses'))
+    got = claims('--runs', root, '--task', 'rank')
+    assert got.exit_code == 2 and "'losses' has 0 rows for seed 2, checkpoint 300" in ' '.join(got.output.split())
+
+
+@pytest.mark.parametrize('words, says', [
+    (['--seeds', 2], 'at least 4'), (['--profile', 'smoke'], 'too few for a window'), (['--profile', 'tinny'], 'tiny, smoke'), (['--task', 'chess'], 'general_points, navigation'),
+    (['--set', 'rl.updatez=3'], 'rl.updates'), (['--set', 'surgery.edits=directions,values'], 'add random, interpolation')])
+def test_wrong_input_ends_at_once(root, words, says):
+    got = claims('--runs', root, *words)
+    assert got.exit_code == 2 and says in ' '.join(got.output.split()), got.output
+
+
+def test_the_chain_has_the_ledger_from_four_seeds_on(tmp_path):
+    "What Snakemake plans; nothing is run."
+    planned = lambda *a: subprocess.run(snakemake(*a, more=['--summary', '--quiet', 'all']), capture_output=True, text=True, check=True).stdout
+    (tmp_path/'runs'/'tiny').mkdir(parents=True); (tmp_path/'runs'/'smoke').mkdir()
+    assert 'ledger.csv' in planned(Run('tiny', root=tmp_path/'runs'), 4)
+    assert 'ledger.csv' not in planned(Run('tiny', root=tmp_path/'runs'), 3) and 'ledger.csv' not in planned(Run('smoke', root=tmp_path/'runs'), 4)
+
+
+def test_what_is_published_is_what_the_command_wrote():
+    "The README's table of verdicts is made from the ledger beside the figures."
+    path = ROOT/'figures'/'ledger.csv'
+    if not path.exists(): pytest.skip('no ledger is published yet')
+    text = markdown(pd.read_csv(path))
+    assert (ROOT/'figures'/'ledger.md').read_text() == text and text.strip() in (ROOT/'README.md').read_text()
