@@ -7,10 +7,11 @@ __all__ = ['ERRORS', 'TASK_NAMES', 'KINDS', 'FIGURES', 'NEEDS', 'ACROSS', 'f1', 
            'f10', 'f12', 'f11', 'f13', 's1', 'draw']
 
 # %% ../nbs/18_figures.ipynb #2d5ff8be
+import math
 import numpy as np
 from .model_figures import f14
 from .plots import EDITS, MUTED, RL, SFT, SPLITS, curve, figure, percent_axis, reach, rows, steps_axis, top_legend, with_seeds
-from .stats import differences, landmarks, summarise
+from .stats import differences, interval, landmarks, summarise
 
 # %% ../nbs/18_figures.ipynb #01fb292f
 def _above(x, gap):  # stretches (left, right) of x where the polyline of gap is above 0
@@ -419,9 +420,15 @@ def f13(tables):
     return fig, data
 
 # %% ../nbs/18_figures.ipynb #9d4eb22b
+def _rise(log):  # mean of the last quarter of the updates less the first, and its interval
+    by_seed = [g.sort_values('update')['value'].to_numpy() for _, g in log.groupby('seed')]
+    part = max(1, len(by_seed[0]) // 4)
+    gains = [w[-part:] - w[:part] for w in by_seed]
+    return float(np.mean([g.mean() for g in gains])), *interval(gains, 'mean')
+
 @figure('rl_log', across_tasks=True)
 def s1(tables):
-    "Mean reward per answer on training problems, along RL from the last SFT checkpoint, per task (band: 95 % interval over seeds; thin: seeds)."
+    "Mean reward per answer on training problems, along RL from the last SFT checkpoint, per task (band: 95 % interval over seeds; thin: seeds). Written: the last quarter of the updates less the first, with its 95 % interval."
     import matplotlib.pyplot as plt, pandas as pd
     log = rows(tables['rl_log'], 'rl_log', metric='reward')
     by_task = _by_task(log)
@@ -430,11 +437,15 @@ def s1(tables):
     for ax, (task, part) in zip(axes.flat, by_task.items()):
         for stage, (label, colour) in dict(rl=('PPO', RL), grpo=('GRPO', '#7B5EA7')).items():
             if (d := part[part.stage == stage]).empty: continue
-            curves = with_seeds(d, ['update']).assign(stage=stage, task=task)
+            rise, low, high = _rise(d)
+            curves = with_seeds(d, ['update']).assign(stage=stage, task=task, rise=rise, rise_low=low, rise_high=high)
             handles[stage] = curve(ax, curves, 'update', colour, label=label)
+            ax.text(.97, .13 if stage == 'rl' else .03, f'{rise:+.2f}' + f' [{low:+.2f}, {high:+.2f}]' * math.isfinite(low), transform=ax.transAxes, ha='right', color=colour, fontsize=6.5)
             data.append(curves)
         if len(by_task) > 1: ax.set_title(TASK_NAMES.get(task, task))
         ax.set_xlabel('update')
+        bottom, top = ax.get_ylim()
+        ax.set_ylim(bottom - .25 * (top - bottom), top)  # room for what is written
     axes.flat[0].set_ylabel('reward per answer')
     top_legend(fig, list(handles.values()))
     return fig, pd.concat(data, ignore_index=True)

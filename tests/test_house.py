@@ -87,7 +87,7 @@ def test_weights_are_small():
     assert sum(p.stat().st_size for p in (ROOT/'rlheals'/'assets').rglob('*') if p.is_file()) < 20e6
 
 
-@pytest.mark.parametrize('figure', 'F1 F2 F3 F4 F5 F6 F7 F8 F9 F10 F11 F12 F13 S1'.split())
+@pytest.mark.parametrize('figure', 'F1 F2 F3 F4 F5 F6 F7 F8 F9 F10 F11 F12 F13 F14 S1'.split())
 def test_committed_figures_come_from_the_default_run(figure):
     record = json.loads((ROOT/'figures'/f'{figure}.json').read_text())
     assert record['profile'] == 'tiny' and record['changes'] == [] and record['inputs']
