@@ -7,6 +7,7 @@ from rlheals import chain
 from rlheals.evaluate import METRICS, evaluation_parts
 from rlheals.figures import ACROSS, FIGURES
 from rlheals.profiles import Run
+from rlheals.surgery import surgery_ends
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -181,6 +182,17 @@ def test_a_task_of_ones_own(tmp_path, monkeypatch):
     run = Run('smoke', ('task.most=40',), root=tmp_path/'runs', task_name='mine:Largest')
     chain.execute(run, targets=[os.path.relpath(run.table('eval-sft-01'), run.dir)], say=lambda line: None)
     assert set(run.load('eval-sft-01')['task']) == {'mine:Largest'} and run.config['task']['most'] == 40
+
+
+def test_a_second_seed_has_the_first_as_donor(home, run):
+    "The control with another seed's directions: only from the second seed on, and without it the figures say that it is missing."
+    second = Run('smoke', seed=1, root=home/'runs')
+    figures = [os.path.relpath(chain.figures_dir(run, f)/f'{f}.csv', run.dir) for f in ('F10', 'F11')]
+    assert 'other_seed' not in set(pd.read_csv(run.dir/figures[0])['edit']) and not run.table('surgery-seed').exists()
+    chain.execute(second, seeds=2, targets=[os.path.relpath(second.table('surgery-seed'), run.dir)], say=lambda line: None)
+    table = second.load('surgery-seed')
+    assert set(table['edit']) == {'other_seed'} and set(table['sweep']) == {'rank', 'layers'}
+    with pytest.raises(ValueError, match='seed 0 has none'): surgery_ends(run, 'seed')
 
 
 def test_all_tasks_run_the_whole_chain(home, run):
