@@ -62,7 +62,7 @@ def _score(model, head, contexts, answers, temperature):
     from torch.nn.utils.rnn import pad_sequence
     from transformers import DynamicCache
     device, trunk = model.device, model.get_base_model().base_model if is_lora(model) else model.base_model
-    shared, past = 0 if model.is_gradient_checkpointing else shared_start(model, contexts), None
+    shared, past = 0 if model.is_activation_checkpointing else shared_start(model, contexts), None
     if shared:  # what all prompts begin with goes through the model once; its gradient comes back through the cache
         past = DynamicCache(config=model.config)
         trunk(input_ids=torch.tensor([contexts[0][:shared]], device=device), past_key_values=past, use_cache=True)

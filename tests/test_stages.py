@@ -1,5 +1,5 @@
 """Training stages in other ways than the default: several processes, adapters, another engine."""
-import sys, types
+import importlib, sys, types
 from importlib.util import find_spec
 import numpy as np
 import pytest
@@ -69,7 +69,7 @@ def test_an_engine_gets_the_contexts_and_the_weights_of_the_moment(monkeypatch):
             return contexts, generate(self.model, self.tokenizer, contexts, 6, 1., seed=seen['asked']), None, None
 
     monkeypatch.setitem(sys.modules, 'trl.generation.vllm_generation', types.SimpleNamespace(VLLMGeneration=Fake))
-    monkeypatch.setattr('trl.import_utils.is_vllm_available', lambda *a, **k: True)
+    monkeypatch.setattr(importlib.import_module('trl.import_utils'), 'is_vllm_available', lambda *a, **k: True)
     set_up_torch(1)
     model, tok = load_model('tiny', device='cpu')
     log, _ = train_ppo(model, tok, GeneralPoints('brief', tries=1), load_profile('smoke')['rl'] | dict(engine='vllm', updates=2), 6)
