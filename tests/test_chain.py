@@ -32,8 +32,8 @@ def run(home): return Run('smoke', root=home/'runs')
 
 
 def stamps(run):
-    "Every file the run is made of, with its time."
-    return {p: p.stat().st_mtime_ns for p in run.dir.rglob('*') if p.is_file() and (p.suffix in ('.parquet', '.png', '.svg', '.csv') or p.name == 'model.safetensors')}
+    "Every file the run is made of (not its logs), with its time."
+    return {p: p.stat().st_mtime_ns for p in run.dir.rglob('*') if p.is_file() and 'logs' not in p.parts and (p.suffix in ('.parquet', '.png', '.svg', '.csv') or p.name == 'model.safetensors')}
 
 
 def names(run, paths): return {str(p.relative_to(run.dir)).replace('general_points/seed0/', '') for p in paths}
