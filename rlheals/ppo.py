@@ -119,7 +119,7 @@ def _replace_finished(episodes, task, draw, first):
 def collect(
     model, head, tokenizer, task: Task,
     episodes: list[Episode],  # one per environment, carried from update to update; finished ones are replaced in place
-    c: dict,  # settings: turns, temperature, gamma, lam, micro_batch; and max_new_tokens
+    c: dict,  # settings: turns, temperature, micro_batch; and max_new_tokens
     draw,  # environment -> its next problem
     seed: int,  # of sampling
     first: int = 0,  # the first of these environments among those of all processes

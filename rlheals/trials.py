@@ -130,9 +130,8 @@ def nulls(
     w, sft = world, world['ood'][1:]
     gain = w['rl'] - sft
     inside = gain[1:-1].max()
-    none, all_skew = np.zeros_like, np.full(17, .2)
     idle = _with(w, ood=np.full(18, w['ood'][-1]), rl=np.full(17, w['ood'][-1]), id=np.full(18, w['id'][2]), form=np.full(18, .1), train=np.log(1.1), test=np.log(1.1),
-                 values=dict(sft=.05, rl=.05), turned=dict(sft=.2, rl=.2), donor=w['target'], undone=w['target'], rl_end=w['rl_imposed'], skew=all_skew)
+                 values=dict(sft=.05, rl=.05), turned=dict(sft=.2, rl=.2), donor=w['target'], undone=w['target'], rl_end=w['rl_imposed'], skew=np.full(17, .2))
     sharp = _with(w, ood=_flat_after(w['ood'], w['ood'][-1]))  # a peak that nobody can miss, and nothing after it
     past = w['ood'].max() + .05 - w['rl'].max()
     out = {('C1', 0): _with(w, ood=_flat_after(w['ood'])), ('C1', 1): _with(w, id=_flat_after(w['id'])),

@@ -128,7 +128,7 @@ def _adapter(path, base):
         tensors = tensors | {name: added(tensors[name], thin[a], thin[a.replace('lora_A', 'lora_B')])}
     return tensors, config
 
-def _open(checkpoint, base=None):  # label, name -> Stored, configuration
+def _open(checkpoint, base=None):  # label (as it was given), name -> Stored, configuration
     if isinstance(checkpoint, dict):
         def reader(W): return lambda first, last: W[first:last]
         first = {W.data_ptr(): n for n, W in reversed(checkpoint.items())}  # tied weights: the first of their names
@@ -136,12 +136,12 @@ def _open(checkpoint, base=None):  # label, name -> Stored, configuration
     path = locate(checkpoint)
     if path.suffix == '.gguf' and path.is_file():
         _need_gguf(path)
-        return str(path), *_gguf(path, path.stat().st_mtime_ns)
-    if (path/'adapter_config.json').is_file(): return str(path), *_adapter(path, base)
+        return str(checkpoint), *_gguf(path, path.stat().st_mtime_ns)
+    if (path/'adapter_config.json').is_file(): return str(checkpoint), *_adapter(path, base)
     tensors = _from_safetensors(_files(path))
     config = json.loads((path/'config.json').read_text()) if (path/'config.json').is_file() else {}
     config = config | config.get('text_config', {})
-    return str(path), tensors, config
+    return str(checkpoint), tensors, config
 
 # %% ../nbs/14b_weights.ipynb #ee7efa72
 Matrix = namedtuple('Matrix', 'name layer kind shape tensor rows source load')  # `tensor`, `rows`: where it is stored; `load()` reads it
