@@ -206,7 +206,7 @@ def _over_layers(df, by):  # mean over seeds, then mean and range over layers
 
 @figure('spectra')
 def f7(tables):
-    "Singular values of the query, key and value matrices before and after SFT and after RL (top), and the changes by SFT and by RL (bottom): mean over layers, bands: range over layers."
+    "Singular values of the query, key and value matrices before and after SFT and after RL (top), and the changes by SFT and by RL (bottom): mean over layers, bands: range over layers. Written: the mean change relative to the spectrum, with its 95 % interval over seeds."
     import matplotlib.pyplot as plt, pandas as pd
     s = rows(tables['spectra'], 'spectra', kind=('q_proj', 'k_proj', 'v_proj'), checkpoint=('base', 'end', 'rl_end'))
     for c in ('base', 'end', 'rl_end'): rows(tables['spectra'], 'spectra', checkpoint=c)
@@ -215,9 +215,10 @@ def f7(tables):
     changes = {'SFT': wide.end - wide.base, 'RL': wide.rl_end - wide.end}
     drawn = {'before SFT': wide.base, 'after SFT': wide.end, 'after RL': wide.rl_end} | {f'change by {k}': v for k, v in changes.items()}
     data = pd.concat([_over_layers(v.rename('value').reset_index(), ['kind', 'index']).assign(what=k) for k, v in drawn.items()])
-    relative = {'change by SFT': changes['SFT'].abs().groupby('kind').sum() / wide.base.groupby('kind').sum(),
-                'change by RL': changes['RL'].abs().groupby('kind').sum() / wide.end.groupby('kind').sum()}
-    data['relative_change'] = [relative[w][k] if w in relative else np.nan for w, k in zip(data.what, data.kind)]
+    by_kind = lambda v: v.abs().groupby(['kind', 'seed']).sum()
+    relative = pd.concat([summarise((by_kind(changes[k]) / by_kind(before)).rename('value').reset_index(), 'kind').assign(what=f'change by {k}')
+                          for k, before in (('SFT', wide.base), ('RL', wide.end))]).rename(columns=dict(mean='relative_change', low='relative_low', high='relative_high'))
+    data = data.merge(relative.drop(columns='n'), how='left', on=['kind', 'what'])
     kinds = [k for k in KINDS if k in set(s.kind)]
     looks = {'before SFT': dict(color='#C9CDD3', lw=4), 'after SFT': dict(color=SFT, lw=1.5), 'after RL': dict(color=RL, lw=1.2, ls=(0, (3, 2))),
              'change by SFT': dict(color=SFT), 'change by RL': dict(color=RL, ls=(0, (3, 2)))}
@@ -229,8 +230,9 @@ def f7(tables):
             ax.plot(d['index'] + 1, d['mean'], label=what, solid_capstyle='round', **look)
             if what != 'after RL': ax.fill_between(d['index'] + 1, d.low, d.high, color=look['color'], alpha=.14, lw=0)
         bottom.axhline(0, color='#222222', lw=.6, zorder=0)
-        said = ', '.join(f"{k} {100 * relative[f'change by {k}'][kind]:.2g} %" for k in changes)
-        bottom.set_title(f'mean change: {said}', fontsize=7, fontweight='normal')
+        said = [f"{r.what.removeprefix('change by ')} {100 * r.relative_change:.2g} %" + f' [{100 * r.relative_low:.2g}, {100 * r.relative_high:.2g}]' * math.isfinite(r.relative_low)
+                for r in relative[relative.kind == kind].itertuples()]
+        bottom.set_title('mean change: ' + (', ' if s.seed.nunique() == 1 else '\n').join(said), fontsize=7, fontweight='normal')
         top.set_title(KINDS[kind])
         bottom.set_xlabel('index')
         top.margins(x=.02); top.set_ylim(bottom=0)
@@ -278,31 +280,38 @@ def f8(tables):
     return fig, data
 
 # %% ../nbs/18_figures.ipynb #b45f40fd
+def _follows(late):  # Spearman's rank correlation of OOD accuracy and rotation: mean over seeds, low, high
+    rho = late.groupby('seed')[['angle', 'mean']].apply(lambda d: d.angle.corr(d['mean'], 'spearman') if len(d) > 2 and d.angle.nunique() > 1 and d['mean'].nunique() > 1 else np.nan).dropna()
+    return [rho.mean(), *np.clip(interval([[r] for r in rho]), -1, 1)] if len(rho) else [np.nan] * 3
+
 @figure('rotation', 'sft_evaluation')
 def f9(tables):
-    "OOD accuracy of the SFT checkpoints against the mean principal angle of their leading singular subspaces, from the base and from SFT_MaxOOD (star; bars: 95 % intervals of accuracy; faint: before SFT_MaxOOD)."
-    import matplotlib.pyplot as plt
-    from scipy.stats import spearmanr
+    "OOD accuracy of the SFT checkpoints against the mean principal angle of their leading singular subspaces, from the base and from SFT_MaxOOD (star; bars: 95 % intervals of both; thin: seeds; faint: before SFT_MaxOOD). Written: rank correlation after SFT_MaxOOD, mean over seeds and 95 % interval."
+    import matplotlib.pyplot as plt, pandas as pd
     e = rows(tables['sft_evaluation'], 'sft_evaluation', stage='sft', split='ood', metric='success')
     peak, accuracy = landmarks(e)['max_ood'], summarise(e, 'checkpoint')
-    angle = tables['rotation'].groupby(['origin', 'checkpoint'])['value'].mean().rename('angle').reset_index()
+    turned = tables['rotation'].groupby(['origin', 'checkpoint', 'seed'])['value'].mean().reset_index()
+    angle = summarise(turned, ['origin', 'checkpoint']).drop(columns=['n', 'seeds']).rename(columns=dict(mean='angle', low='angle_low', high='angle_high'))
     data = angle.merge(accuracy, on='checkpoint').assign(after_best=lambda d: d.checkpoint >= peak)
+    single = turned.rename(columns=dict(value='angle')).merge(e.groupby(['checkpoint', 'seed'])['value'].mean().rename('mean').reset_index(), on=['checkpoint', 'seed'])
     fig, axes = plt.subplots(1, 2, figsize=(7, 2.6), sharey=True)
     for ax, (origin, name) in zip(axes, dict(base='the base', max_ood='SFT_MaxOOD').items()):
         d = data[data.origin == origin].sort_values('checkpoint')
         late = d[d.after_best]
-        rho = spearmanr(late.angle, late['mean']).statistic if len(late) > 2 and late['mean'].nunique() > 1 and late.angle.nunique() > 1 else np.nan
-        data.loc[data.origin == origin, 'spearman'] = rho
+        one = single[single.origin == origin].sort_values('checkpoint')
+        rho = _follows(one[one.checkpoint >= peak])
+        data.loc[data.origin == origin, ['spearman', 'spearman_low', 'spearman_high']] = rho
+        for _, run in one.groupby('seed') if one.seed.nunique() > 1 else (): ax.plot(run.angle, 100 * run['mean'], color=MUTED, lw=.6, alpha=.35, zorder=.5)
         ax.plot(d.angle, 100 * d['mean'], color=MUTED, lw=.8, alpha=.6, zorder=1)
         for part, alpha in ((d[~d.after_best], .35), (late, 1)):
-            ax.errorbar(part.angle, 100 * part['mean'], reach(part, 100), fmt='o', ms=3.4, color=SPLITS['ood'][1], elinewidth=.8, alpha=alpha, zorder=2)
+            ax.errorbar(part.angle, 100 * part['mean'], reach(part, 100), np.nan_to_num([part.angle - part.angle_low, part.angle_high - part.angle]), fmt='o', ms=3.4, color=SPLITS['ood'][1], elinewidth=.8, alpha=alpha, zorder=2)
         best = d[d.checkpoint == peak]
         ax.plot(best.angle, 100 * best['mean'], '*', ms=11, color=SFT, mec='white', mew=.8, zorder=4)
         shown = {int(d.checkpoint.max()), peak, int(late.checkpoint.iloc[len(late) // 2])}
         for _, r in d[d.checkpoint.isin(shown)].iterrows():
             ax.annotate(f'{r.checkpoint:.0f}', (r.angle, 100 * r['mean']), (5, 3), textcoords='offset points', fontsize=6.5, color='#444444')
         ax.set_xlabel(f'mean principal angle from {name} (°)')
-        if np.isfinite(rho): ax.set_title(f'after the best: Spearman {rho:.2f} (n = {len(late)})', loc='right', fontsize=7, fontweight='normal', color='#444444')
+        if np.isfinite(rho[0]): ax.set_title(f'after the best: Spearman {rho[0]:.2f}' + f' [{rho[1]:.2f}, {rho[2]:.2f}]' * math.isfinite(rho[1]) + f' (n = {len(late)})', loc='right', fontsize=7, fontweight='normal', color='#444444')
     percent_axis(axes[0], 'OOD accuracy (%)')
     return fig, data
 
@@ -390,13 +399,13 @@ def f11(tables):
 # %% ../nbs/18_figures.ipynb #9af725ff
 @figure('energy')
 def f13(tables):
-    "Above: shares of an update's energy, by matrix, mean over layers (bars: 95 % intervals over layers and seeds; dots: seeds; dotted: an update without structure). Below: root mean square of U^T dW V in blocks, for q of the middle layer, relative to the whole (log scale)."
+    "Above: shares of an update's energy, by matrix, mean over layers (bars: 95 % intervals over seeds; dots: seeds; dotted: an update without structure). Below: root mean square of U^T dW V in blocks, for q of the middle layer, relative to the whole (log scale)."
     import matplotlib.pyplot as plt, pandas as pd
     e = rows(tables['energy'], 'energy')
     parts = {'scaling': '#4C72B0', 'rotation': '#882E72', 'crossing': '#CC79A7', 'outside': '#BBBBBB'}
     pairs, kinds = list(dict.fromkeys(e.pair)), [k for k in KINDS if k in set(e.kind)]
     shares, maps = e[e.part.isin(parts)], e[e.part == 'map']
-    data = with_seeds(shares.dropna(subset='value'), ['pair', 'kind', 'part'])
+    data = with_seeds(shares.groupby(['pair', 'kind', 'part', 'seed'])['value'].mean().dropna().reset_index(), ['pair', 'kind', 'part'])
     fig, axes = plt.subplots(2, len(pairs), figsize=(7, 4.2), squeeze=False, height_ratios=(1.15, 1))
     for (top, bottom), pair in zip(axes.T, pairs):
         for n, (part, colour) in enumerate(parts.items()):
