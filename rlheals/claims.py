@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALPHA', 'PART', 'NEEDS', 'Part', 'Claim', 'CONDITIONS', 'POINTS', 'CLAIMS', 'VERDICTS', 'UNITS', 'best_before',
            'pick', 'contrast', 'spread', 'holm', 'grid', 'arrays', 'c1', 'c2', 'c3', 'c4', 'c5', 'c6', 'c7', 'c8', 'c9',
-           'c10', 'judge_part', 'judge', 'ledger']
+           'c10', 'judge_part', 'judge', 'ledger', 'ledger_rows']
 
 # %% ../nbs/18b_claims.ipynb #86240885
 from collections import namedtuple
@@ -285,14 +285,19 @@ def ledger(
     tables: dict,  # name -> DataFrame, those of `NEEDS`, of one task and all seeds; the lowest only chooses
 ):  # (DataFrame: one row per claim; DataFrame: one row per part)
     "The ten claims judged by the tables of one task: `claim`, `says`, `verdict`, `effect`, `why`, `seeds` (judged), `episodes`; and the numbers behind."
-    import pandas as pd
     seeds = tables['evaluation']['seed'].unique().tolist() if 'evaluation' in tables else []
     if len(seeds) < 4: raise ValueError(f'a verdict needs at least 4 seeds, one that chooses and three that are judged, and there are {len(seeds)}: {seeds}')
-    d = arrays(tables)
+    return ledger_rows(arrays(tables))
+
+def ledger_rows(
+    d: dict,  # of `arrays`
+):
+    "What `ledger` returns, from the arrays."
+    import pandas as pd
     if len(d['starts']) < 3: raise ValueError(f"a window needs RL from at least 3 checkpoints, and there are {d['starts'].tolist()}: set rl.starts")
     if missing := [k for k in ('values', 'random', 'straight') if f'low_{k}' not in d]:
         raise ValueError(f"claim C7 needs the controls {', '.join(missing)}, which surgery.edits leaves out: add values, random, and interpolation or matched to it")
-    got, n = judge(d), dict(seeds=len(seeds) - 1, episodes=d['ood'].shape[-1])
+    got, n = judge(d), dict(seeds=len(d['seeds']) - 1, episodes=d['ood'].shape[-1])
     claims = pd.DataFrame([dict(claim=k, says=c.says, verdict=VERDICTS[int(got[k]['verdict']) + 1], effect='; '.join(map(_in_words, c.parts, got[k]['parts'])), why=_why(c, got[k]), **n)
                            for k, c in CLAIMS.items()])
     parts = pd.DataFrame([dict(claim=k, part=part.name, unit=part.unit, **{q: float(v) for q, v in p.items()}, claim_p_for=float(got[k]['p_for']), claim_p_against=float(got[k]['p_against']), **n)

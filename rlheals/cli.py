@@ -105,22 +105,29 @@ def claims(
     "Judge the paper's ten claims by the tables of a run, seed by seed: replicated, not replicated or inconclusive."
     from rich.console import Console
     from rlheals import chain
-    from rlheals.ledger import check_ledger, judge_run, make_inputs, save_ledger, tasks_to_judge
+    from rlheals.ledger import check_ledger, deleted, judge_tasks, make_inputs, read_published, read_run, remember, save_ledger, tasks_to_judge
     from rlheals.profiles import Run
     asked, console = _tasks(task), Console()
     run = Run(profile, tuple(set), 0, runs, (asked or ['general_points'])[0])
     try:
         for r in chain.variants(run, 1, asked): r.config
-        if make: make_inputs(run, asked, seeds, say=lambda line: print(line, flush=True), live=console.is_terminal)
-        tasks = tasks_to_judge(run, asked, seeds) or [run.task_name]
-        used = check_ledger(run, tasks, seeds)
-        found, parts = judge_run(run, used)
+        gone, how = deleted(run, asked, seeds), dict(say=lambda line: print(line, flush=True), live=console.is_terminal)
+        for t, paths in gone.items(): console.print(f'{t}: {len(paths)} of the tables that were judged before are gone, like {paths[0]}: they are made again')
+        if make or gone: make_inputs(run, asked if make else list(gone), seeds, **how)
+        tasks = tasks_to_judge(run, asked, seeds)
+        enough = tasks_to_judge(run, (), seeds)
+        published = not any(t in enough for t in asked or enough) and (chain.figures_dir(replace(run, task_name=chain.HOME))/'ledger.npz').exists() and not (seeds or write)
+        if not published: used = check_ledger(run, tasks or [run.task_name], seeds)
+        data = read_published(run, asked) if published else read_run(run, used)
+        found, _ = judge_tasks(data)
     except ValueError as e: _fail(e)
     except chain.ChainError as e:
         typer.secho(f'error: {e}', fg='red', err=True)
         raise typer.Exit(1)
-    _show(found[found.task.isin(asked or tasks)], console)
-    if write: console.print(f'written: ledger.csv, ledger_parts.csv, ledger.md and ledger.json in {os.path.relpath(save_ledger(run, found, parts, used))}')
+    _show(found[found.task.isin(asked or [*data])], console)
+    if published: console.print(f'Judged from the published episodes, figures/ledger.npz: {run.dir} has too few seeds of its own. Make them, which takes hours, with --run.')
+    else: remember(run, used)
+    if write: console.print(f'written: ledger.csv, ledger_parts.csv, ledger.md, ledger.npz and ledger.json in {os.path.relpath(save_ledger(run, data, used))}')
 
 def _show(found, console):
     from rich.table import Table

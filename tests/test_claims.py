@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from rlheals.chain import snakemake
 from rlheals.claims import CLAIMS
 from rlheals.cli import app
-from rlheals.ledger import check_ledger, judge_run, make_inputs, markdown, write_made_up
+from rlheals.ledger import check_ledger, judge_tasks, make_inputs, markdown, read_published, read_run, write_made_up
 from rlheals.profiles import Run
 from rlheals.trials import DESIGNS, WORLD, Design, Runs, false_positives, power
 
@@ -67,12 +67,13 @@ def test_fewer_seeds_when_asked(root):
 
 def test_a_deleted_run_is_missed_and_a_new_one_judged_anew(root):
     run = Run('tiny', root=root, task_name='rank')
-    before = judge_run(run, check_ledger(run, ['rank']))[1]
+    judged = lambda: judge_tasks(read_run(run, check_ledger(run, ['rank'])))[1]
+    before = judged()
     shutil.rmtree(root/'tiny'/'rank')
     got = claims('--runs', root, '--task', 'rank')
     assert got.exit_code == 2 and f'rlheals reproduce --profile tiny --task rank --seeds 4 --runs {root}' in ' '.join(got.output.split())
     write_made_up(run, Runs(WORLD, 3, 100, 1, 7))
-    after = judge_run(run, check_ledger(run, ['rank']))[1]
+    after = judged()
     assert (before['mean'] != after['mean']).any() and list(before.part) == list(after.part)
 
 
@@ -85,6 +86,37 @@ def test_run_asks_the_chain_for_what_is_missing(root, monkeypatch):
     run.table('spectra').unlink()
     make_inputs(run, ['rank'], 4)
     assert asked == [(4, ['rank/seed0/tables/spectra.parquet'], ['rank'])]
+
+
+def test_a_deleted_run_is_made_again_and_judged(root, monkeypatch):
+    "`rlheals claims`, a seed deleted, `rlheals claims`: the chain is asked for that seed (here it copies it back), and the same ledger is printed."
+    first, kept = claims('--runs', root, '--task', 'rank'), root.parent/'kept'
+    assert first.exit_code == 0
+    (root/'tiny'/'rank'/'seed2').rename(kept)
+    def chain(run, seeds, targets, tasks, **_):
+        assert (seeds, tasks) == (4, ['rank']) and targets and all(t.startswith('rank/seed2/tables/') for t in targets)
+        kept.rename(root/'tiny'/'rank'/'seed2')
+    monkeypatch.setattr('rlheals.ledger.execute', chain)
+    again = claims('--runs', root, '--task', 'rank')
+    assert again.exit_code == 0 and 'they are made again' in again.output and again.output.endswith(first.output)
+
+
+def test_published_episodes_are_judged_where_there_are_no_tables(root):
+    "What is kept beside the figures gives the same ledger, to the last digit; other settings or tasks are refused."
+    with_tables = claims('--runs', root, '--write')
+    shutil.rmtree(root)
+    got = claims('--runs', root)
+    assert got.exit_code == 0 and 'published episodes' in got.output
+    tables = lambda text: [l for l in text.splitlines() if l.startswith(('│', '┃'))]
+    assert tables(got.output) == tables(with_tables.output)
+    folder = root.parent/'figures'
+    pd.testing.assert_frame_equal(judge_tasks(read_published(Run('tiny', root=root)))[0].fillna(''), pd.read_csv(folder/'ledger.csv').fillna(''))
+    assert claims('--runs', root, '--task', 'navigation').exit_code == 2
+    record = json.loads((folder/'ledger.json').read_text())
+    record['settings']['rank']['rl']['updates'] = 7
+    (folder/'ledger.json').write_text(json.dumps(record))
+    other = claims('--runs', root, '--task', 'rank')
+    assert other.exit_code == 2 and 'other settings of rank' in ' '.join(other.output.split())
 
 
 def test_a_hole_in_a_table_is_said(root):
@@ -112,8 +144,9 @@ def test_the_chain_has_the_ledger_from_four_seeds_on(tmp_path):
 
 
 def test_what_is_published_is_what_the_command_wrote():
-    "The README's table of verdicts is made from the ledger beside the figures."
+    "The README's table of verdicts is what `rlheals claims` finds in the episodes beside the figures."
     path = ROOT/'figures'/'ledger.csv'
     if not path.exists(): pytest.skip('no ledger is published yet')
     text = markdown(pd.read_csv(path))
     assert (ROOT/'figures'/'ledger.md').read_text() == text and text.strip() in (ROOT/'README.md').read_text()
+    assert markdown(judge_tasks(read_published(Run('tiny', root=ROOT/'runs')))[0]) == text
