@@ -164,7 +164,7 @@ def progress(
 @dataclass(frozen=True)
 class Job:
     "One notebook to execute."
-    rule: str  # `sft`, `rl`, `grpo`, `evaluate`, `spectra`, `surgery`, `drift`, `figure`, `claims`
+    rule: str  # `base`, `sft`, `rl`, `grpo`, `evaluate`, `spectra`, `surgery`, `drift`, `figure`, `claims`
     name: str  # like `rl-000128`
     task: str
     seed: int
@@ -203,10 +203,10 @@ def plan(run: Run, seeds: int = 1, targets=(), tasks=()) -> list[Job]:
         seed = int(m[1]) if (m := re.search(r'seed(\d+)', row['output_file'])) else 0
         rule, number = row['rule'].split('_')  # as the Snakefile names its rules: the stage, and the number of the task
         task = '' if number == 'all' else (tasks or [run.task_name])[int(number)]
-        name = {'sft': 'sft', 'spectra': 'spectra', 'drift': 'drift', 'figure': path.stem}.get(rule)
+        name = {'base': 'base', 'sft': 'sft', 'spectra': 'spectra', 'drift': 'drift', 'figure': path.stem}.get(rule)
         name = name or (path.parent.name if path.name == 'model.safetensors' else path.stem.replace('advantages-', 'rl-'))
         found.setdefault((rule, name, task, seed), []).append(path)
-    order = ('sft', 'evaluate', 'rl', 'grpo', 'spectra', 'surgery', 'drift', 'figure', 'claims')
+    order = ('base', 'sft', 'evaluate', 'rl', 'grpo', 'spectra', 'surgery', 'drift', 'figure', 'claims')
     return sorted((Job(*what, tuple(f)) for what, f in found.items()), key=lambda j: (order.index(j.rule), j.task, j.seed, len(j.name), j.name))
 
 # %% ../nbs/19_chain.ipynb #5b63f054
@@ -215,6 +215,7 @@ def seconds(job: Job, run: Run) -> float:
     c = (replace(run, task_name=job.task) if job.task else run).config
     e, rl = c['eval'], c['rl']
     evaluation = .0075 * e['episodes'] * c['task'].get('tries', 1) * (2 * c['task']['turns'] + 2 if 'turns' in c['task'] else 1)  # both splits
+    if job.rule == 'base': return 15 + c['base']['steps'] * .09
     if job.rule == 'sft': return 15 + c['sft']['max_steps'] * c['sft']['batch_size'] * .0017 + .6 * len(c['sft']['checkpoints'])
     if job.rule == 'rl': return 9 + rl['updates'] * rl['envs'] * rl['turns'] * (.0055 + .003 * rl['epochs'])
     if job.rule == 'grpo': return 12 + c['grpo']['updates'] * c['grpo']['responses'] * (.008 + .004 * c['grpo']['epochs'])
@@ -224,9 +225,9 @@ def seconds(job: Job, run: Run) -> float:
     return 12 if job.rule in ('spectra', 'drift') else 6
 
 def makespan(jobs: list[Job], run: Run, cores: int) -> float:
-    "A rough time for several jobs on some cores: SFT is alone, the others run side by side."
-    first = sum(seconds(j, run) for j in jobs if j.rule == 'sft')
-    return first + sum(seconds(j, run) for j in jobs if j.rule != 'sft') / cores
+    "A rough time for several jobs on some cores: pretraining and SFT are alone, the others run side by side."
+    first = sum(seconds(j, run) for j in jobs if j.rule in ('base', 'sft'))
+    return first + sum(seconds(j, run) for j in jobs if j.rule not in ('base', 'sft')) / cores
 
 # %% ../nbs/19_chain.ipynb #93398a90
 def clock(s: float) -> str:

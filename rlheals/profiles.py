@@ -17,7 +17,7 @@ from .tasks import hash64, load_task, task_options
 # %% ../nbs/08_profiles.ipynb #801423f0
 TINY = dict(
     model=dict(
-        name='tiny',  # `tiny`, a directory, or a name on the hub
+        name='tiny',  # `tiny`, a directory, a name on the hub, or `anew`: for each seed a base model of its own, made by `base`
         device='auto', dtype='float32',
         max_new_tokens=40),  # longest answer
     task=dict(  # and whatever else the task takes, like `task.target`; its name is given with `--task`
@@ -26,6 +26,10 @@ TINY = dict(
     lora=dict(
         rank=0,  # of LoRA in SFT and RL (0: all parameters are trained, as in the paper)
         alpha=16.),
+    base=dict(  # pretraining on the small world, where `model.name` is `anew`
+        steps=24000,
+        hidden_size=128, layers=4, heads=4, mlp=384,
+        threads=2),
     sft=dict(
         examples=12000,  # pairs of a problem and an expert's answer
         test_examples=128,  # problems for the loss on `id` and `ood`
@@ -110,6 +114,7 @@ OF_TASK = dict(
 PROFILES = dict(  # changes of `TINY`
     tiny=dict(),
     smoke=dict(
+        base=dict(steps=50),
         sft=dict(examples=64, test_examples=16, max_steps=4, batch_size=8, warmup_steps=1, checkpoints=[0, 1, 2, 4]),
         rl=dict(starts=[2, 4], updates=2, envs=8, epochs=1, minibatch=8),
         grpo=dict(starts=[4], updates=1, responses=16, epochs=1, minibatch=16),
@@ -146,7 +151,7 @@ def _check(c):
     def need(ok, key, rule):
         section, name = key.split('.')
         if not ok: raise ValueError(f'{key}={c[section][name]!r} does not work: it must be {rule}')
-    counts = ('sft.examples', 'sft.test_examples', 'sft.max_steps', 'sft.batch_size', 'sft.threads', 'sft.processes', 'rl.updates', 'rl.processes',
+    counts = ('base.hidden_size', 'base.layers', 'base.heads', 'base.mlp', 'base.threads', 'sft.examples', 'sft.test_examples', 'sft.max_steps', 'sft.batch_size', 'sft.threads', 'sft.processes', 'rl.updates', 'rl.processes',
               'rl.envs', 'rl.turns', 'rl.epochs', 'rl.minibatch', 'rl.micro_batch', 'grpo.updates', 'grpo.responses', 'grpo.epochs', 'grpo.minibatch', 'grpo.threads', 'rl.threads', 'eval.episodes', 'model.max_new_tokens', 'eval.per_job',
               'eval.threads', 'spectra.threads', 'surgery.blocks', 'surgery.threads', 'drift.prompts', 'drift.top_k', 'drift.permutations', 'drift.threads')
     for key in counts: s, n = key.split('.'); need(c[s][n] >= 1, key, 'at least 1')
@@ -172,7 +177,9 @@ def _check(c):
     need(c['rl']['envs'] * c['rl']['turns'] >= c['rl']['minibatch'], 'rl.minibatch', f"at most rl.envs * rl.turns = {c['rl']['envs'] * c['rl']['turns']}")
     need(set(c['surgery']['edits']) <= set(EDITS) and 'directions' in c['surgery']['edits'], 'surgery.edits', f"'directions' and any of {', '.join(EDITS)}")
     name = c['model']['name']
-    need(name == 'tiny' or Path(name).is_dir() or re.fullmatch(r'[\w.-]+/[\w.-]+', name), 'model.name', "'tiny', a directory, or a name on the hub like 'Qwen/Qwen2.5-7B-Instruct'")
+    need(c['base']['steps'] >= 50, 'base.steps', 'at least 50, for the warm-up')
+    need(c['base']['hidden_size'] % (2 * c['base']['heads']) == 0, 'base.hidden_size', f"a multiple of 2 * base.heads = {2 * c['base']['heads']}")
+    need(name in ('tiny', 'anew') or Path(name).is_dir() or re.fullmatch(r'[\w.-]+/[\w.-]+', name), 'model.name', "'tiny', 'anew', a directory, or a name on the hub like 'Qwen/Qwen2.5-7B-Instruct'")
     load_task(**c['task'])
 
 def load_profile(
@@ -194,6 +201,8 @@ def load_profile(
                              + f"\nThe settings of {task} are: {', '.join(keys)}")
         section, k = key.split('.')
         c[section][k] = given[key] = _parse(key, text, c[section][k])
+    if c['model']['name'] != 'anew' and (idle := [k for k in given if k.startswith('base.')]):
+        raise ValueError(f"{idle[0]}={given[idle[0]]} has no effect on the model {c['model']['name']!r}: add model.name=anew, which pretrains a base model for each seed")
     steps, rl = c['sft']['max_steps'], c['rl']  # checkpoints follow a changed length of training
     c['sft']['checkpoints'] = sorted({0, steps, *(s for s in c['sft']['checkpoints'] if s <= steps)})
     if 'rl.starts' not in given: rl['starts'] = [s for s in rl['starts'] if s < steps] + [steps]
@@ -243,6 +252,11 @@ class Run:
     def dir(self) -> Path:
         "The directory of the run (all tasks and seeds)."
         return Path(self.root)/run_name(self.profile, self.changes, self.task_name)
+
+    @property
+    def base(self) -> str:
+        "What SFT starts from: the name or directory of the base model; each seed's own where it is pretrained anew."
+        return str(self.dir/'bases'/f'seed{self.seed}') if self.config['model']['name'] == 'anew' else self.config['model']['name']
 
     @property
     def task_dir(self) -> str:

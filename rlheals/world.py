@@ -195,6 +195,7 @@ def batches(
 
 def pretrain(
     report=print,  # called with one line now and then
+    progress=lambda done, total: None,  # called after each step
     **changes,  # of `PRETRAINING`
 ):
     "Make the tiny base model from nothing: (model, tokenizer, record of how it was made)."
@@ -219,6 +220,7 @@ def pretrain(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         opt.step(); sched.step(); opt.zero_grad()
         losses.append(loss.detach())
+        progress(step + 1, c['steps'])
         if (step + 1) % 500 == 0 or step + 1 == c['steps']:
             mean = torch.stack(losses).mean().item(); losses.clear()
             report(f'step {step + 1}/{c["steps"]}  loss {mean:.3f}  {time.time() - start:.0f} s')
