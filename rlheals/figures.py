@@ -6,14 +6,14 @@
 __all__ = ['ERRORS', 'TASK_NAMES', 'KINDS', 'FIGURES', 'NEEDS', 'ACROSS', 'f1', 'f2', 'f3', 'f4', 'f5', 'f6', 'f7', 'f8', 'f9',
            'f10', 'f12', 'f11', 'f13', 's1', 'draw']
 
-# %% ../nbs/18_figures.ipynb #2d5ff8be
+# %% ../nbs/18_figures.ipynb #881cfa8a
 import math
 import numpy as np
 from .model_figures import f14
-from .plots import EDITS, MUTED, RL, SFT, SPLITS, curve, figure, percent_axis, reach, rows, steps_axis, top_legend, with_seeds
+from .plots import BASELINES, EDITS, MUTED, RL, SFT, SPLITS, curve, figure, percent_axis, reach, rows, steps_axis, top_legend, with_seeds
 from .stats import differences, interval, landmarks, summarise
 
-# %% ../nbs/18_figures.ipynb #01fb292f
+# %% ../nbs/18_figures.ipynb #d03188cc
 def _above(x, gap):  # stretches (left, right) of x where the polyline of gap is above 0
     out = []
     for a, b, u, v in zip(x, x[1:], gap, gap[1:]):
@@ -25,40 +25,45 @@ def _above(x, gap):  # stretches (left, right) of x where the polyline of gap is
         else: merged.append((left, right))
     return merged
 
-@figure('evaluation')
+@figure('evaluation', 'baselines')
 def f1(tables):
-    "OOD accuracy along SFT, and after RL from each checkpoint (95 % intervals). Shaded: RL above SFT. Full points: the difference of RL to its start, on the same episodes, excludes zero. Star: SFT's best checkpoint."
+    "OOD accuracy along SFT, and after RL from each checkpoint (95 % intervals). Shaded: RL above SFT. Full points: the difference to the start, on the same episodes, excludes zero. Star: SFT's best checkpoint. Small points beside a start: as much training from it without RL, by SFT on fresh examples or on the model's own right answers, or its weights interpolated with an earlier checkpoint."
     import matplotlib.pyplot as plt, pandas as pd
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
     e = rows(tables['evaluation'], 'evaluation', split='ood', metric='success')
     sft, rl = (rows(e, 'evaluation', stage=s) for s in ('sft', 'rl'))
-    gap = differences(rl, sft, 'checkpoint').rename(columns=dict(mean='difference', low='difference_low', high='difference_high'))
-    data = pd.concat([with_seeds(d, ['checkpoint']).assign(stage=s) for s, d in (('sft', sft), ('rl', rl))])
-    known = gap.drop(columns=['n', 'seeds']).assign(stage='rl', seed='all', rl_above=gap.difference > 0)
+    others = rows(tables['baselines'], 'baselines', split='ood', metric='success')
+    ends = dict(rl=rl) | {m: d for m in BASELINES if len(d := others[others.stage == m])}
+    gaps = pd.concat([differences(d, sft, 'checkpoint').assign(stage=s) for s, d in ends.items()]).rename(columns=dict(mean='difference', low='difference_low', high='difference_high'))
+    data = pd.concat([with_seeds(d, ['checkpoint']).assign(stage=s) for s, d in (dict(sft=sft) | ends).items()])
+    known = gaps.drop(columns=['n', 'seeds']).assign(seed='all', rl_above=(gaps.difference > 0).where(gaps.stage == 'rl'))
     data = data.merge(known, how='left', on=['stage', 'checkpoint', 'seed'])
-    peak, s, r = landmarks(e)['max_ood'], data[data.stage == 'sft'], data[data.stage == 'rl']
+    peak, s, r, gap = landmarks(e)['max_ood'], data[data.stage == 'sft'], data[data.stage == 'rl'], gaps[gaps.stage == 'rl']
     best = 100 * s[(s.checkpoint == peak) & (s.seed == 'all')]['mean'].item()
-    fig, ax = plt.subplots(figsize=(7, 3.1))
+    fig, ax = plt.subplots(figsize=(7, 3.3))
     for left, right in _above(gap.checkpoint.tolist(), gap.difference.tolist()): ax.axvspan(left, right, color=RL, alpha=.09, lw=0, zorder=0)
     ax.plot([peak, e.checkpoint.max()], [best, best], color=SFT, lw=.8, ls=':', zorder=1)
     curve(ax, s, 'checkpoint', SFT, 100, marker='o')
     curve(ax, r, 'checkpoint', RL, 100, bars=True, lw=1.1)
-    sure = r[(r.seed == 'all')].assign(full=lambda d: d.excludes_0.eq(True))
-    for full, d in sure.groupby('full'): ax.plot(d.checkpoint, 100 * d['mean'], 'D', ms=5, mec=RL, mew=1.1, mfc=RL if full else 'white', zorder=4)
+    def points(stage, colour, marker, size, shift=0.):  # full where the difference to the start is sure
+        for full, d in data[(data.stage == stage) & (data.seed == 'all')].assign(full=lambda d: d.excludes_0.eq(True)).groupby('full'):
+            ax.plot(d.checkpoint + shift, 100 * d['mean'], marker, ms=size, mec=colour, mew=1.1 if stage == 'rl' else .8, mfc=colour if full else 'white', zorder=4)
+            if shift: ax.errorbar(d.checkpoint + shift, 100 * d['mean'], reach(d, 100), fmt='none', ecolor=colour, elinewidth=.7, alpha=.6, zorder=2)
+    points('rl', RL, 'D', 5)
+    for (method, (_, colour, marker)), shift in zip(BASELINES.items(), (-.022, -.011, .011)): points(method, colour, marker, 3.4, shift * np.ptp(e.checkpoint))
     ax.plot(peak, best, '*', ms=12, color=SFT, mec='white', mew=.8, zorder=5)
     ax.annotate(f'best of SFT: {best:.1f} % (step {peak})', (e.checkpoint.max(), best), (0, 2.5), textcoords='offset points',
                 ha='right', color=SFT, fontsize=7, zorder=6)
     percent_axis(ax, 'OOD accuracy (%)')
-    steps_axis(ax, e.checkpoint, log=False, label='SFT step (RL: the step it started from)')
+    steps_axis(ax, e.checkpoint, log=False, label='SFT step (RL and the others: the step they started from)')
     point = dict(color=RL, marker='D', ms=5)
-    top_legend(fig, [Line2D([], [], color=SFT, marker='o', label='SFT'),
-                     Line2D([], [], label='RL from that step: differs from SFT', **point),
-                     Line2D([], [], mfc='white', label='RL: within noise of SFT', **point),
-                     Patch(color=RL, alpha=.12, lw=0, label='RL above SFT on average')])
+    top_legend(fig, [Line2D([], [], color=SFT, marker='o', label='SFT'), Line2D([], [], label='RL from that step: differs from SFT', **point),
+                     Line2D([], [], mfc='white', label='RL: within noise of SFT', **point), Patch(color=RL, alpha=.12, lw=0, label='RL above SFT on average')]
+                    + [Line2D([], [], ls='', color=BASELINES[m][1], marker=BASELINES[m][2], ms=3.4, label=f'{BASELINES[m][0]}, no RL') for m in ends if m != 'rl'], ncols=4)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #27b9914f
+# %% ../nbs/18_figures.ipynb #ccc3e707
 def _by_split(ax, data, best, scale=100, named=True):  # a curve per split; best: the step of SFT's best OOD accuracy
     ax.axvline(best, color=MUTED, lw=.8, ls=':', zorder=0)
     if named: ax.annotate('best OOD', (best, 1), (0, 1.5), xycoords=('data', 'axes fraction'), textcoords='offset points',
@@ -79,7 +84,7 @@ def f2(tables):
     top_legend(fig, handles)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #7b2000c4
+# %% ../nbs/18_figures.ipynb #83e5f531
 @figure('losses', 'sft_evaluation')
 def f3(tables):
     "Loss per answer token along SFT, on training examples and on ID and OOD test problems (95 % intervals over seeds). Dotted: the checkpoint with the best OOD accuracy."
@@ -96,7 +101,7 @@ def f3(tables):
     top_legend(fig, handles)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #52811c53
+# %% ../nbs/18_figures.ipynb #ba1ee305
 ERRORS = dict(format_error='answer not in the format', rule_error='numbers read wrong', solving_error='solved wrong')
 
 @figure('sft_evaluation')
@@ -114,53 +119,57 @@ def f4(tables):
     top_legend(fig, handles)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #feaed82f
+# %% ../nbs/18_figures.ipynb #26e975a6
 TASK_NAMES = dict(general_points='GeneralPoints', navigation='Navigation', rank='Rank', determinant='Determinant')
 
 def _by_task(df):  # task -> its rows; a table without the column is of one task without a name
     return dict(iter(df.groupby('task', sort=False))) if 'task' in df else {'': df}
 
-def _landmark_bars(ax, e):  # bars of one task; the table drawn
+def _landmark_bars(ax, e, others):  # bars of one task; the table drawn
     import pandas as pd
     marks = landmarks(e) | dict(rl=int(rows(e, 'evaluation', stage='rl').checkpoint.max()))
     models = [('SFT_MaxOOD', 'sft', marks['max_ood']), ('SFT_End', 'sft', marks['end']), ('RL_End', 'rl', marks['rl'])]
-    if (e.stage == 'grpo').any(): models.append(('GRPO_End', 'grpo', int(e[e.stage == 'grpo'].checkpoint.max())))
-    data = pd.concat([with_seeds(rows(e, 'evaluation', stage=stage, checkpoint=c), ['split']).assign(model=name, stage=stage, checkpoint=c, x=x)
-                      for x, (name, stage, c) in enumerate(models)])
+    models += [(name, stage, int(t[t.stage == stage].checkpoint.max())) for name, stage, t in [('GRPO_End', 'grpo', e), *((m, m, others) for m in BASELINES)] if (t.stage == stage).any()]
+    data = pd.concat([with_seeds(rows(t, 'evaluation', stage=stage, checkpoint=c), ['split']).assign(model=name, stage=stage, checkpoint=c, y=y)
+                      for t in [pd.concat([e, others])] for y, (name, stage, c) in enumerate(models)])
     for split, shift in (('id', -.2), ('ood', .2)):
         label, colour, *_ = SPLITS[split]
         d, single = (data[(data.split == split) & same] for same in (data.seed == 'all', data.seed != 'all'))
-        ax.bar(d.x + shift, 100 * d['mean'], .36, color=colour, alpha=.85, label=label)
-        ax.errorbar(d.x + shift, 100 * d['mean'], reach(d, 100), fmt='none', ecolor='#222222', elinewidth=.9, capsize=2)
-        ax.plot(single.x + shift - .09, 100 * single['mean'], 'o', ms=2.4, color='white', mec='#222222', mew=.5, zorder=3)
-        for x, mean, high in zip(d.x, d['mean'], d.high):
-            ax.annotate(f'{100 * mean:.1f}', (x + shift, 100 * high), (0, 1.5), textcoords='offset points',
-                        ha='center', fontsize=7, color=colour, fontweight='bold')
-    ax.set_xticks(range(len(models)), [f"{name}\n{'step' if stage == 'sft' else 'from'} {c}" for name, stage, c in models])
-    ax.tick_params(axis='x', length=0)
-    return data.drop(columns='x')
+        for quiet, part in d.groupby(d.model.isin(BASELINES)):
+            ax.barh(part.y + shift, 100 * part['mean'], .36, color=colour, alpha=.5 if quiet else .85, label=None if quiet else label)
+        ax.errorbar(100 * d['mean'], d.y + shift, xerr=reach(d, 100), fmt='none', ecolor='#222222', elinewidth=.9, capsize=2)
+        ax.plot(100 * single['mean'], single.y + shift + .06, 'o', ms=2.2, color='white', mec='#222222', mew=.5, zorder=3)
+        for y, mean, high in zip(d.y, d['mean'], d.high):
+            ax.annotate(f'{100 * mean:.1f}', (100 * high, y + shift), (2.5, 0), textcoords='offset points', va='center', fontsize=7, color=colour, fontweight='bold')
+    ax.set_yticks(range(len(models)), [f"{BASELINES[name][0] if name in BASELINES else name}, {'step' if stage == 'sft' else 'from'} {c}" for name, stage, c in models])
+    ax.tick_params(axis='y', length=0); ax.grid(False); ax.grid(True, axis='x')
+    ax.set_ylim(len(models) - .5, -.5)
+    return data.drop(columns='y')
 
-@figure('evaluation', across_tasks=True)
+@figure('evaluation', 'baselines', across_tasks=True)
 def f5(tables):
-    "Accuracy of the SFT checkpoint with the best OOD accuracy, of the last one, and after RL from the last one (RL_End: PPO, GRPO_End: GRPO), ID and OOD, per task (95 % intervals; dots: seeds)."
+    "Accuracy of the SFT checkpoint with the best OOD accuracy, of the last one, and of what starts from the last one: RL (RL_End: PPO, GRPO_End: GRPO) and, paler, as much training without RL (SFT on fresh examples; rejection sampling: SFT on the model's own right answers) and weights interpolated with an earlier checkpoint; ID and OOD, per task (95 % intervals; dots: seeds)."
     import matplotlib.pyplot as plt, pandas as pd
-    e = rows(tables['evaluation'], 'evaluation', metric='success', split=('id', 'ood'))
-    by_task = _by_task(e)
+    e, others = (rows(tables[t], t, metric='success', split=('id', 'ood')) for t in ('evaluation', 'baselines'))
+    by_task, others = _by_task(e), _by_task(others)
     across = min(2, len(by_task))
     down = -(-len(by_task) // across)
-    fig, axes = plt.subplots(down, across, figsize=(3.4 * across, 2.5 if down == 1 else 2.1 * down + .2), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(down, across, figsize=(7 if across == 2 else 4.4, 2.35 * down + .3), sharex=True, squeeze=False)
     data = []
     for ax, (task, part) in zip(axes.flat, by_task.items()):
-        data.append(_landmark_bars(ax, part).assign(task=task))
+        if task not in others: raise ValueError(f"table 'baselines' has no rows of the task {task!r}")
+        data.append(_landmark_bars(ax, part, others[task]).assign(task=task))
         if len(by_task) > 1: ax.set_title(TASK_NAMES.get(task, task))
     for ax in axes.flat[len(by_task):]: ax.set_axis_off()
-    axes.flat[0].margins(y=.1)
-    for ax in axes[:, 0]: percent_axis(ax, 'accuracy (%)')
-    if (low_high := axes.flat[0].get_ylim())[1] > 100: axes.flat[0].set_ylim(low_high[0], 112)  # room for the numbers above full bars
+    data = pd.concat(data, ignore_index=True)
+    top = max(5, 100 * data.high.max())
+    axes.flat[0].set_xlim(-.01 * top, 1.16 * top)  # room for the numbers
+    axes.flat[0].set_xticks([t for t in axes.flat[0].get_xticks() if 0 <= t <= 100])
+    for ax in axes[-1]: ax.set_xlabel('accuracy (%)')
     top_legend(fig, axes.flat[0].get_legend_handles_labels()[0])
-    return fig, pd.concat(data, ignore_index=True)
+    return fig, data
 
-# %% ../nbs/18_figures.ipynb #c4ac9a4f
+# %% ../nbs/18_figures.ipynb #d5976f32
 @figure('advantages')
 def f6(tables):
     "PPO's raw advantages by the SFT step RL started from: their distribution (the outermost bins hold what lies beyond), the share above zero, and the skewness, mean over updates (95 % intervals)."
@@ -198,7 +207,7 @@ def f6(tables):
     for axis in (ax, share, skew): axis.grid(False); axis.tick_params(axis='y', length=0)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #842f52f1
+# %% ../nbs/18_figures.ipynb #7b9617f5
 KINDS = dict(q_proj='query', k_proj='key', v_proj='value', down_proj='MLP, down')
 
 def _over_layers(df, by):  # mean over seeds, then mean and range over layers
@@ -238,7 +247,7 @@ def f7(tables):
     top_legend(fig, axes[0, 0].get_legend_handles_labels()[0])
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #3d5aad33
+# %% ../nbs/18_figures.ipynb #c762dd9b
 def _pair_look(pairs):  # colour by family (SFT, RL), lighter from the second of a family on
     seen = {}
     for p in pairs: seen.setdefault('RL' if p.startswith('RL') else 'SFT', []).append(p)
@@ -277,7 +286,7 @@ def f8(tables):
                + [Line2D([], [], color='#222222', lw=1, ls=ls, label=f'{s} vectors') for s, ls in sides.items()], ncols=3)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #b45f40fd
+# %% ../nbs/18_figures.ipynb #ccfb8505
 @figure('rotation', 'sft_evaluation')
 def f9(tables):
     "OOD accuracy of the SFT checkpoints against the mean principal angle of their leading singular subspaces, from the base and from SFT_MaxOOD (star; bars: 95 % intervals of accuracy; faint: before SFT_MaxOOD)."
@@ -306,7 +315,7 @@ def f9(tables):
     percent_axis(axes[0], 'OOD accuracy (%)')
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #2a2df1db
+# %% ../nbs/18_figures.ipynb #087c6fb7
 def _surgery(tables, sweep):  # summary of one sweep's edits, and of the target and donor
     import pandas as pd
     s = rows(tables['surgery'], 'surgery', metric='success', split=('id', 'ood'))
@@ -355,7 +364,7 @@ def f12(tables):
     "Accuracy of the model after RL (target: RL_End) with the directions of the SFT checkpoint it started from (donor: SFT_End) imposed on it, by the share of the rank that is replaced, with controls (95 % intervals)."
     return _by_rank(_surgery(dict(surgery=tables['imposed']), 'impose'))
 
-# %% ../nbs/18_figures.ipynb #ed6b7b44
+# %% ../nbs/18_figures.ipynb #1974f2d6
 def _block_key(block):  # all layers last, others by their first layer, short blocks first
     first, _, last = block.partition('-')
     return (1, 0, 0) if block == 'all' else (0, int(last or first) - int(first), int(first))
@@ -387,7 +396,7 @@ def f11(tables):
     _say_missing(fig, data)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #9af725ff
+# %% ../nbs/18_figures.ipynb #98267702
 @figure('energy')
 def f13(tables):
     "Above: shares of an update's energy, by matrix, mean over layers (bars: 95 % intervals over layers and seeds; dots: seeds; dotted: an update without structure). Below: root mean square of U^T dW V in blocks, for q of the middle layer, relative to the whole (log scale)."
@@ -419,7 +428,7 @@ def f13(tables):
     top_legend(fig, axes[0, 0].get_legend_handles_labels()[0])
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #9d4eb22b
+# %% ../nbs/18_figures.ipynb #52c4085c
 def _rise(log):  # mean of the last quarter of the updates less the first, and its interval
     by_seed = [g.sort_values('update')['value'].to_numpy() for _, g in log.groupby('seed')]
     part = max(1, len(by_seed[0]) // 4)
@@ -451,7 +460,7 @@ def s1(tables):
     top_legend(fig, list(handles.values()))
     return fig, pd.concat(data, ignore_index=True)
 
-# %% ../nbs/18_figures.ipynb #f4c78499
+# %% ../nbs/18_figures.ipynb #608708b8
 FIGURES = dict(F1=f1, F2=f2, F3=f3, F4=f4, F5=f5, F6=f6, F7=f7, F8=f8, F9=f9, F10=f10, F11=f11, F12=f12, F13=f13, F14=f14, S1=s1)
 NEEDS = {name: f.needs for name, f in FIGURES.items()}  # the tables of each figure
 ACROSS = tuple(name for name, f in FIGURES.items() if f.across_tasks)  # figures that show several tasks side by side
