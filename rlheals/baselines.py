@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'budget', 'even', 'right_answers', 'conversations', 'more_sft', 'further_sft', 'rejection', 'interpolate',
            'baseline_plan', 'baselines_stage']
 
-# %% ../nbs/13b_baselines.ipynb #57927c44
+# %% ../nbs/13b_baselines.ipynb #5e89534b
 from .evaluate import evaluate
 from .grpo import training_problems
 from .models import complete, load_model, merged, set_up_torch
@@ -17,7 +17,7 @@ from .sft import train_sft
 from .tasks import Episode, Task, examples, hash64
 from .views import as_dataset
 
-# %% ../nbs/13b_baselines.ipynb #d50f867a
+# %% ../nbs/13b_baselines.ipynb #de5c83ca
 METHODS = ('further_sft', 'rejection', 'interpolation')
 
 def budget(
@@ -30,7 +30,7 @@ def even(total: int, parts: int) -> list[int]:
     "A whole number as a sum of `parts` whole numbers that differ by one at most."
     return [(k + 1) * total // parts - k * total // parts for k in range(parts)]
 
-# %% ../nbs/13b_baselines.ipynb #5975b528
+# %% ../nbs/13b_baselines.ipynb #e56dc25c
 def right_answers(
     model, tokenizer, task: Task,
     envs: int,  # episodes side by side
@@ -59,7 +59,7 @@ def conversations(
     return Dataset.from_dict(dict(prompt=[[message(i, x) for i, x in enumerate(said)] if chat else ' '.join(said) for said, _ in pairs],
                                   completion=[[message(1, a)] if chat else a for _, a in pairs]))
 
-# %% ../nbs/13b_baselines.ipynb #8ff1e886
+# %% ../nbs/13b_baselines.ipynb #f4dda7bd
 def more_sft(
     model, tokenizer, data,  # `Dataset` of prompt and completion
     c: dict,  # settings of a run
@@ -68,6 +68,8 @@ def more_sft(
     seed: int,
 ):
     "SFT in place at a constant rate, with RL's minibatch."
+    from datasets import disable_progress_bars
+    disable_progress_bars()  # each is over before it can be read
     train_sft(model, tokenizer, data, {}, dict(max_steps=steps, batch_size=c['rl']['minibatch'], learning_rate=learning_rate, schedule='constant', warmup_steps=0,
                                                weight_decay=c['sft']['weight_decay'], checkpoints=[]), seed)
     model.eval()
@@ -100,7 +102,7 @@ def interpolate(
     with torch.no_grad():
         for p, q in zip(model.parameters(), earlier.parameters()): p.lerp_(q, share)
 
-# %% ../nbs/13b_baselines.ipynb #cb0fb4b6
+# %% ../nbs/13b_baselines.ipynb #761bb61f
 def baseline_plan(run: Run) -> list[tuple[str, int]]:
     "The ends to make: method and SFT checkpoint it starts from."
     first = run.config['rl']['starts'][0]

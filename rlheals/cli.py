@@ -41,7 +41,7 @@ def reproduce(
     run, console = Run(profile, tuple(set), 0, runs, tasks[0]), Console()
     try:
         for r in chain.variants(run, 1, tasks): r.config
-        targets = _pictures(run, tasks, figure)
+        targets = _pictures(run, tasks, figure, seeds)
         if dry_run: return _dry_run(run, seeds, targets, tasks, jobs or os.cpu_count(), console)
         done = chain.execute(run, seeds, jobs or None, targets, tasks, say=lambda line: print(line, flush=True), live=console.is_terminal)
     except ValueError as e: _fail(e)
@@ -50,12 +50,14 @@ def reproduce(
         raise typer.Exit(1)
     if done: typer.echo(f'{done} jobs done. Figures: {os.path.relpath(chain.figures_dir(run, "F5"))}  Everything else: {os.path.relpath(run.dir)}')
 
-def _pictures(run, tasks, names):  # files of the figures asked for
+def _pictures(run, tasks, names, seeds):  # files of the figures asked for; of those made on request also the tables behind them, which nothing else asks for
     from rlheals import chain
-    from rlheals.figures import FIGURES
+    from rlheals.figures import EXTRA, FIGURES
     if unknown := [n for n in names if n not in FIGURES]: raise ValueError(f"there is no figure {unknown[0]!r}: use one of {', '.join(FIGURES)}")
     here = replace(run, root=run.root.resolve())
-    return list(dict.fromkeys(str(chain.figures_dir(r, n)/f'{n}.png') for r in chain.variants(here, 1, tasks) for n in names))
+    pictures = [str(chain.figures_dir(r, n)/f'{n}.png') for r in chain.variants(here, 1, tasks) for n in names]
+    tables = [os.path.relpath(f, here.dir) for r in chain.variants(here, 1, tasks) for n in names if n in EXTRA for f in chain.figure_inputs(r, n, seeds)]
+    return list(dict.fromkeys(pictures + tables))
 
 def _dry_run(run, seeds, targets, tasks, cores, console):
     from rich.table import Table

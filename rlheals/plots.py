@@ -6,14 +6,14 @@
 __all__ = ['ID', 'OOD', 'SFT', 'RL', 'MUTED', 'SPLITS', 'EDITS', 'BASELINES', 'STYLE', 'figure', 'rows', 'with_seeds', 'reach',
            'curve', 'percent_axis', 'steps_axis', 'top_legend', 'save']
 
-# %% ../nbs/17_plots.ipynb #5fa5feed
+# %% ../nbs/17_plots.ipynb #c11173a8
 import functools, json
 from pathlib import Path
 import numpy as np
 from .models import complete
 from .stats import summarise
 
-# %% ../nbs/17_plots.ipynb #9a706246
+# %% ../nbs/17_plots.ipynb #8ca80d07
 ID, OOD, SFT, RL, MUTED = '#0072B2', '#D55E00', '#3B4252', '#009E73', '#8A8F98'
 SPLITS = {'id': ('ID', ID, 'o', '-'), 'ood': ('OOD', OOD, 's', '-'), 'train': ('train', MUTED, None, '--')}  # label, colour, marker, line
 EDITS = {  # of `surgery`: label, colour, marker, line; controls are quieter
@@ -39,7 +39,7 @@ STYLE = {'font.family': 'DejaVu Sans', 'font.size': 7.5, 'axes.labelsize': 7.5, 
          'lines.linewidth': 1.4, 'lines.markersize': 3.2, 'figure.facecolor': 'white', 'figure.constrained_layout.use': True,
          'svg.hashsalt': 'rlheals', 'svg.fonttype': 'path'}
 
-# %% ../nbs/17_plots.ipynb #12250177
+# %% ../nbs/17_plots.ipynb #9c0b49e6
 def figure(
     *needs,  # names of tables
     across_tasks: bool = False,  # does it show several tasks, where the tables hold them?
@@ -83,7 +83,7 @@ def with_seeds(
     if df['seed'].nunique() < 2: return total
     return pd.concat([total, summarise(df, [*by, 'seed']).drop(columns=['low', 'high'])], ignore_index=True)
 
-# %% ../nbs/17_plots.ipynb #3be5b2e3
+# %% ../nbs/17_plots.ipynb #7544d597
 def reach(d, scale):  # lengths of the error bars of a summary, (2, n)
     return scale * np.maximum(0, [d['mean'] - d.low, d.high - d['mean']])
 
@@ -130,7 +130,7 @@ def top_legend(fig, handles, ncols=None):
     "A legend above all panels."
     fig.legend(handles=handles, loc='outside upper center', ncols=ncols or len(handles))
 
-# %% ../nbs/17_plots.ipynb #a964968f
+# %% ../nbs/17_plots.ipynb #6ab1e1d0
 def save(
     fig,  # matplotlib figure
     data,  # DataFrame of the numbers drawn

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TINY', 'OF_TASK', 'PROFILES', 'ENGINES', 'EDITS', 'CONDITIONS', 'load_profile', 'run_name', 'Run', 'launch']
 
-# %% ../nbs/08_profiles.ipynb #e98e1db7
+# %% ../nbs/08_profiles.ipynb #778cc178
 import copy, difflib, json, os, re, subprocess, sys
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -14,7 +14,7 @@ from pathlib import Path
 from .models import complete, pick_device
 from .tasks import hash64, load_task, task_options
 
-# %% ../nbs/08_profiles.ipynb #a5786961
+# %% ../nbs/08_profiles.ipynb #801423f0
 TINY = dict(
     model=dict(
         name='tiny',  # `tiny`, a directory, or a name on the hub
@@ -138,7 +138,7 @@ def _settings(profile, task):  # the settings of a profile for a task
         for section, values in changes.items(): out[section].update(copy.deepcopy(values))
     return out
 
-# %% ../nbs/08_profiles.ipynb #6d748ea4
+# %% ../nbs/08_profiles.ipynb #077fc56e
 ENGINES = ('transformers', 'vllm')
 EDITS = ('directions', 'both', 'orthogonal', 'values', 'interpolation', 'matched', 'random', 'parameters')  # what surgery can put back; see its chapter
 CONDITIONS = tuple(TINY['conditions']['names'])  # under which RL is tried; see their chapter
@@ -226,7 +226,7 @@ def load_profile(
     _check(c)
     return c
 
-# %% ../nbs/08_profiles.ipynb #cea97aa3
+# %% ../nbs/08_profiles.ipynb #ca2f9aa8
 def run_name(
     profile: str,
     changes=(),  # `section.key=value`
@@ -301,7 +301,7 @@ class Run:
         import pandas as pd
         return pd.concat([pd.read_parquet(self.table(n)) for n in names], ignore_index=True)
 
-# %% ../nbs/08_profiles.ipynb #285f593e
+# %% ../nbs/08_profiles.ipynb #79848c86
 def launch(
     run: Run,
     stage: str,  # `sft` or `rl`
