@@ -7,24 +7,26 @@ __all__ = ['PAPER', 'HOME', 'TABLES', 'ChainError', 'sft_files', 'rl_files', 'gr
            'figure_inputs', 'seeds_together', 'figures_dir', 'provenance', 'draw_figure', 'progress', 'Job',
            'snakemake', 'plan', 'seconds', 'makespan', 'clock', 'execute', 'open_run']
 
-# %% ../nbs/19_chain.ipynb #b5639538
+# %% ../nbs/19_chain.ipynb #aef0cc1f
 import json, os, re, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from .baselines import baseline_plan, budget
+from .conditions import CONDITIONS, condition_run, conditions_of, made_already
 from .evaluate import evaluation_parts
 from .models import complete, pick_device
 from .profiles import Run
 from .surgery import surgery_plan
 from .tasks import TASKS
 
-# %% ../nbs/19_chain.ipynb #2f88821d
+# %% ../nbs/19_chain.ipynb #e8cac9bd
 PAPER = (Path(__file__).parents[1] if '__file__' in globals() else Path('..').resolve())/'nbs'/'paper'  # the chain's notebooks
 
 class ChainError(RuntimeError):
     "A stage failed, or the chain cannot start: the message says which, and where its log is."
 
-# %% ../nbs/19_chain.ipynb #73cc3119
+# %% ../nbs/19_chain.ipynb #3fac568f
 def sft_files(run: Run) -> list[Path]:
     "What the SFT stage makes: its checkpoints and the table of losses."
     return [run.checkpoint('sft', s)/'model.safetensors' for s in run.config['sft']['checkpoints']] + [run.table('losses')]
@@ -37,11 +39,13 @@ def grpo_files(run: Run, start: int) -> list[Path]:
     "What GRPO from one checkpoint makes."
     return [run.checkpoint('grpo', start)/'model.safetensors', run.table(f'grpo-{start:06d}')]
 
-# %% ../nbs/19_chain.ipynb #91fa3a43
+# %% ../nbs/19_chain.ipynb #eb14744d
 HOME = 'general_points'  # the task whose figures are not in a directory of their own
 
 TABLES = dict(  # table of a figure -> names of a run's tables
     evaluation=lambda run: [n for stage in ('sft', 'rl', 'grpo') for n in evaluation_parts(run, stage)],
+    baselines=lambda run: ['baselines'],
+    conditions=lambda run: [f'condition-{n}' for n in conditions_of(run)],
     sft_evaluation=lambda run: [*evaluation_parts(run, 'sft')],
     losses=lambda run: ['losses'],
     rl_log=lambda run: [f"rl-{max(run.config['rl']['starts']):06d}", f"grpo-{max(run.config['grpo']['starts']):06d}"],
@@ -68,7 +72,7 @@ def variants(
 def tasks_together(run: Run, tasks=(), seeds: int = 1) -> list[str]:
     "The tasks that a figure across tasks shows: those asked for, and the paper's others that the run has done before."
     def evaluated(t):
-        try: return all(r.table(n).exists() for r in variants(run, seeds, [t]) for kind in ('evaluation', 'rl_log') for n in TABLES[kind](r))
+        try: return all(r.table(n).exists() for r in variants(run, seeds, [t]) for kind in ('evaluation', 'rl_log', 'baselines') for n in TABLES[kind](r))
         except ValueError: return False  # the run's changes are no settings of that task
     asked = list(tasks or [run.task_name])
     return [t for t in TASKS if t in asked or evaluated(t)] + [t for t in asked if t not in TASKS]
@@ -105,7 +109,7 @@ def figures_dir(
     base = Path(run.root).resolve().parent/'figures' if run.dir.name == 'tiny' else run.dir/'figures'
     return base if run.task_name == HOME or figure in ACROSS else base/run.task_dir
 
-# %% ../nbs/19_chain.ipynb #2f14b55d
+# %% ../nbs/19_chain.ipynb #242144a6
 def provenance(run: Run, inputs: list[Path], seeds: int, tasks) -> dict:
     "Where a result comes from: package version and commit, settings, tasks, seeds, library versions, hashes of the inputs."
     import hashlib
@@ -134,7 +138,7 @@ def draw_figure(
     save(picture, data, stem, provenance(run, figure_inputs(run, figure, seeds, tasks), seeds, tasks))
     return stem.with_suffix('.png'), data
 
-# %% ../nbs/19_chain.ipynb #1927b36b
+# %% ../nbs/19_chain.ipynb #23fa6c6d
 def _progress_file(folder, job, run): return Path(folder)/f'{job}.{run.task_dir}.{run.seed}.json'  # a stage writes it, the command line reads it
 
 @contextmanager
@@ -160,11 +164,11 @@ def progress(
     try: yield write
     finally: path.unlink(missing_ok=True)
 
-# %% ../nbs/19_chain.ipynb #f18b3e33
+# %% ../nbs/19_chain.ipynb #be3a4a82
 @dataclass(frozen=True)
 class Job:
     "One notebook to execute."
-    rule: str  # `base`, `sft`, `rl`, `grpo`, `evaluate`, `spectra`, `surgery`, `drift`, `figure`, `claims`
+    rule: str  # `base`, `sft`, `rl`, `grpo`, `evaluate`, `baselines`, `spectra`, `surgery`, `drift`, `condition`, `figure`, `reading`, `claims`
     name: str  # like `rl-000128`
     task: str
     seed: int
@@ -203,16 +207,17 @@ def plan(run: Run, seeds: int = 1, targets=(), tasks=()) -> list[Job]:
         seed = int(m[1]) if (m := re.search(r'seed(\d+)', row['output_file'])) else 0
         rule, number = row['rule'].split('_')  # as the Snakefile names its rules: the stage, and the number of the task
         task = '' if number == 'all' else (tasks or [run.task_name])[int(number)]
-        name = {'base': 'base', 'sft': 'sft', 'spectra': 'spectra', 'drift': 'drift', 'figure': path.stem}.get(rule)
+        name = {'base': 'base', 'sft': 'sft', 'spectra': 'spectra', 'drift': 'drift', 'figure': path.stem, 'reading': path.stem}.get(rule)
         name = name or (path.parent.name if path.name == 'model.safetensors' else path.stem.replace('advantages-', 'rl-'))
         found.setdefault((rule, name, task, seed), []).append(path)
-    order = ('base', 'sft', 'evaluate', 'rl', 'grpo', 'spectra', 'surgery', 'drift', 'figure', 'claims')
+    order = ('base', 'sft', 'evaluate', 'rl', 'grpo', 'baselines', 'spectra', 'surgery', 'drift', 'condition', 'figure', 'reading', 'claims')
     return sorted((Job(*what, tuple(f)) for what, f in found.items()), key=lambda j: (order.index(j.rule), j.task, j.seed, len(j.name), j.name))
 
-# %% ../nbs/19_chain.ipynb #5b63f054
+# %% ../nbs/19_chain.ipynb #6e5c45fa
 def seconds(job: Job, run: Run) -> float:
     "A rough time for a job, in seconds."
-    c = (replace(run, task_name=job.task) if job.task else run).config
+    here = replace(run, task_name=job.task) if job.task else run
+    c = here.config
     e, rl = c['eval'], c['rl']
     evaluation = .0075 * e['episodes'] * c['task'].get('tries', 1) * (2 * c['task']['turns'] + 2 if 'turns' in c['task'] else 1)  # both splits
     if job.rule == 'base': return 15 + c['base']['steps'] * .09
@@ -220,6 +225,17 @@ def seconds(job: Job, run: Run) -> float:
     if job.rule == 'rl': return 9 + rl['updates'] * rl['envs'] * rl['turns'] * (.0055 + .003 * rl['epochs'])
     if job.rule == 'grpo': return 12 + c['grpo']['updates'] * c['grpo']['responses'] * (.008 + .004 * c['grpo']['epochs'])
     if job.rule == 'evaluate': return 9 + e['per_job'] * evaluation
+    if job.rule == 'baselines':
+        spent, ends = budget(rl), baseline_plan(here)
+        each = spent['steps'] * rl['minibatch'] * .0017
+        methods = dict(further_sft=each, rejection=each + spent['turns'] * rl['envs'] * .0055, interpolation=0)
+        return 10 + sum(methods[m] + evaluation for m, _ in ends)
+    if job.rule == 'condition':
+        name = job.name.removeprefix('condition-')
+        inside, sft = condition_run(here, name)
+        ends = len(c['conditions']['starts']) - len(made_already(here, name))
+        each = seconds(replace(job, rule=CONDITIONS[name].stage), replace(inside, half=-1)) + evaluation
+        return 8 + ends * each + (seconds(replace(job, rule='sft'), sft) + len(c['sft']['checkpoints']) * evaluation if sft else 0)
     if job.rule == 'surgery':
         return 10 + len(surgery_plan(job.name.removeprefix('surgery-'), c['surgery'], c['surgery']['blocks'])) * evaluation
     return 12 if job.rule in ('spectra', 'drift') else 6
@@ -229,7 +245,7 @@ def makespan(jobs: list[Job], run: Run, cores: int) -> float:
     first = sum(seconds(j, run) for j in jobs if j.rule in ('base', 'sft'))
     return first + sum(seconds(j, run) for j in jobs if j.rule not in ('base', 'sft')) / cores
 
-# %% ../nbs/19_chain.ipynb #93398a90
+# %% ../nbs/19_chain.ipynb #367d55f5
 def clock(s: float) -> str:
     "Seconds as minutes:seconds."
     return f"{int(s) // 60}:{int(s) % 60:02d}"
@@ -316,7 +332,7 @@ def _left(cost, done, part, elapsed, jobs):  # seconds; the estimate, corrected 
     rate = (gone + .1 * total) / (elapsed + .1 * prior)  # starts at the estimate, follows the facts
     return (total - gone) / rate
 
-# %% ../nbs/19_chain.ipynb #d9567ae7
+# %% ../nbs/19_chain.ipynb #54ca9b31
 def open_run(
     profile: str = 'tiny',
     changes: str = '',  # `section.key=value`, several with `;` between

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'reproduce', 'compare', 'claims', 'pretrain', 'stage', 'test', 'readme']
 
-# %% ../nbs/21_cli.ipynb #e53974d4
+# %% ../nbs/21_cli.ipynb #52a5f77b
 import os, subprocess, sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 import typer
 
-# %% ../nbs/21_cli.ipynb #09d5cea9
+# %% ../nbs/21_cli.ipynb #a832a568
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False,
                   help='A reproducible companion to the paper "RL Fine-Tuning Heals OOD Forgetting in SFT".')
 
@@ -21,7 +21,7 @@ def _fail(error):  # what is wrong with the input is said in a sentence, without
     typer.secho(f'error: {error}', fg='red', err=True)
     raise typer.Exit(2)
 
-# %% ../nbs/21_cli.ipynb #39166da6
+# %% ../nbs/21_cli.ipynb #f99b840f
 @app.command()
 def reproduce(
     profile: Annotated[str, typer.Option(help='What to run: tiny (all figures, in minutes) or smoke (shows that the chain runs).')] = 'tiny',
@@ -41,7 +41,7 @@ def reproduce(
     run, console = Run(profile, tuple(set), 0, runs, tasks[0]), Console()
     try:
         for r in chain.variants(run, 1, tasks): r.config
-        targets = _pictures(run, tasks, figure)
+        targets = _pictures(run, tasks, figure, seeds)
         if dry_run: return _dry_run(run, seeds, targets, tasks, jobs or os.cpu_count(), console)
         done = chain.execute(run, seeds, jobs or None, targets, tasks, say=lambda line: print(line, flush=True), live=console.is_terminal)
     except ValueError as e: _fail(e)
@@ -50,12 +50,14 @@ def reproduce(
         raise typer.Exit(1)
     if done: typer.echo(f'{done} jobs done. Figures: {os.path.relpath(chain.figures_dir(run, "F5"))}  Everything else: {os.path.relpath(run.dir)}')
 
-def _pictures(run, tasks, names):  # files of the figures asked for
+def _pictures(run, tasks, names, seeds):  # files of the figures asked for; of those made on request also the tables behind them, which nothing else asks for
     from rlheals import chain
-    from rlheals.figures import FIGURES
+    from rlheals.figures import EXTRA, FIGURES
     if unknown := [n for n in names if n not in FIGURES]: raise ValueError(f"there is no figure {unknown[0]!r}: use one of {', '.join(FIGURES)}")
     here = replace(run, root=run.root.resolve())
-    return list(dict.fromkeys(str(chain.figures_dir(r, n)/f'{n}.png') for r in chain.variants(here, 1, tasks) for n in names))
+    pictures = [str(chain.figures_dir(r, n)/f'{n}.png') for r in chain.variants(here, 1, tasks) for n in names]
+    tables = [os.path.relpath(f, here.dir) for r in chain.variants(here, 1, tasks) for n in names if n in EXTRA for f in chain.figure_inputs(r, n, seeds)]
+    return list(dict.fromkeys(pictures + tables))
 
 def _dry_run(run, seeds, targets, tasks, cores, console):
     from rich.table import Table
@@ -69,7 +71,7 @@ def _dry_run(run, seeds, targets, tasks, cores, console):
     console.print(table)
     console.print(f'about {chain.clock(chain.makespan(jobs, run, cores))} (minutes:seconds) on {cores} cores')
 
-# %% ../nbs/21_cli.ipynb #6d69fa36
+# %% ../nbs/21_cli.ipynb #02d21df0
 @app.command()
 def compare(
     base: Annotated[str, typer.Argument(help='The checkpoint before: a directory, a .gguf file, a LoRA adapter, or a name on the hub.')],
@@ -91,7 +93,7 @@ def compare(
     except ValueError as e: _fail(e)
     typer.echo(f'done: {out/"compare.ipynb"}')
 
-# %% ../nbs/21_cli.ipynb #578c717b
+# %% ../nbs/21_cli.ipynb #2b8d032b
 @app.command()
 def claims(
     profile: Annotated[str, typer.Option(help='Which run: tiny, or another with several starts of RL and all controls.')] = 'tiny',
@@ -144,7 +146,7 @@ def _tasks(names):  # the tasks that `--task` names
     words = [n.strip() for t in names for n in t.split(',')]
     return list(dict.fromkeys(n for name in words for n in (TASKS if name == 'all' else [name])))
 
-# %% ../nbs/21_cli.ipynb #8602e4ce
+# %% ../nbs/21_cli.ipynb #6bbd8c25
 @app.command()
 def pretrain(
     steps: Annotated[int, typer.Option(help='Pretraining steps (0: as for the model that ships).', min=0)] = 0,
@@ -205,5 +207,5 @@ def readme():
     from rlheals.docs import readme
     (PAPER.parents[1]/'README.md').write_text(readme(PAPER.parent/'index.ipynb'))
 
-# %% ../nbs/21_cli.ipynb #701f5f57
+# %% ../nbs/21_cli.ipynb #f5b63e93
 if __name__ == '__main__' and '__file__' in globals(): app()

@@ -5,7 +5,9 @@ import pandas as pd
 import pytest
 from rlheals import chain
 from rlheals.evaluate import METRICS, evaluation_parts
-from rlheals.figures import ACROSS, FIGURES
+from rlheals.baselines import METHODS
+from rlheals.conditions import conditions_of
+from rlheals.figures import ACROSS, EXTRA, FIGURES
 from rlheals.profiles import Run
 from rlheals.surgery import surgery_ends
 
@@ -40,11 +42,12 @@ def names(run, paths): return {str(p.relative_to(run.dir)).replace('general_poin
 
 
 def test_everything_is_there(home, run):
-    for f in FIGURES:
+    assert not any((run.dir/'figures'/f'{f}.png').exists() for f in EXTRA) and not list(run.path('tables').glob('condition-*'))  # on request only
+    for f in set(FIGURES) - set(EXTRA):
         for ext in ('png', 'svg', 'csv', 'json'): assert (run.dir/'figures'/f'{f}.{ext}').stat().st_size > 0
         record = json.loads((run.dir/'figures'/f'{f}.json').read_text())
         assert record['profile'] == 'smoke' and record['settings'] == run.config and all(len(h) == 64 for h in record['inputs'].values())
-    assert set(FIGURES) == {'F1', 'F2', 'F3', 'F4', 'F5', 'F6', 'F7', 'F8', 'F9', 'F10', 'F11', 'F12', 'F13', 'F14', 'S1'}
+    assert set(FIGURES) == {'F1', 'F2', 'F3', 'F4', 'F5', 'F6', 'F7', 'F8', 'F9', 'F10', 'F11', 'F12', 'F13', 'F14', 'S1', 'S2'}
     said = (home/'said').read_text()
     assert 'rl-000002' in said and 'left' in said
     assert not list(run.dir.rglob('.*.safetensors')) and not list((run.dir/'.progress').glob('*'))
@@ -58,6 +61,9 @@ def test_tables_are_tidy(run):
         assert len(t) == 2 * c['eval']['episodes'] * len(METRICS) * len(steps) and set(t['checkpoint']) == set(steps) and t.notna().all(axis=None)
     problems = pd.concat(run.load(n) for n in evaluation_parts(run, 'sft') | evaluation_parts(run, 'rl')).groupby('split')['problems'].unique()
     assert problems.map(len).eq(1).all() and problems.map(lambda f: len(f[0])).eq(16).all()  # the same problems for every checkpoint
+    others = run.load('baselines')
+    assert list(others.columns) == list(t.columns) and set(others['stage']) == set(METHODS) and set(others['checkpoint']) == set(c['baselines']['starts'])
+    assert set(others[others['split'] != 'train']['problems']) == set(problems.map(lambda f: f[0]))
     losses = run.load('losses')
     assert set(losses['checkpoint']) == set(c['sft']['checkpoints']) and set(losses['split']) == {'train', 'id', 'ood'}
     for start in c['rl']['starts']:
@@ -104,6 +110,31 @@ def test_what_is_deleted_is_made_again_and_nothing_else(home, run, deleted, redo
     assert set(after) == set(before)
     assert names(run, (p for p in after if after[p] != before[p])) == redone
     assert {p: p.read_bytes() for p in tables} == tables  # the same again, to the byte
+
+
+def test_baselines_are_shown(run):
+    f1, f5 = (pd.read_csv(run.dir/'figures'/f'{f}.csv') for f in ('F1', 'F5'))
+    assert set(METHODS) < set(f1['stage']) and set(METHODS) < set(f5['model'])
+    own = run.load('baselines').query("stage == 'further_sft' and split == 'id' and metric == 'success'")['value'].mean()
+    assert f5.query("model == 'further_sft' and split == 'id' and seed == 'all'")['mean'].item() == own
+
+
+def test_conditions_on_request(home, run):
+    "`--figure S2` makes the conditions and their figure; a deleted one is made again, and nothing else; no weights are left."
+    before, ask = stamps(run), lambda: rlheals('reproduce', '--profile', 'smoke', '--figure', 'S2', cwd=home)
+    done = ask()
+    assert done.returncode == 0, done.stdout + done.stderr
+    made, figure = stamps(run), {f'figures/S2.{e}' for e in ('png', 'svg', 'csv')}
+    assert names(run, (p for p in made if made[p] != before.get(p))) == {f'tables/condition-{n}.parquet' for n in conditions_of(run)} | figure
+    drawn = pd.read_csv(run.dir/'figures'/'S2.csv')
+    assert set(drawn[drawn.what == 'change']['condition']) == {*conditions_of(run), *METHODS}
+    assert not list(run.path('conditions').rglob('*.safetensors'))
+    table, bytes_ = run.table('condition-sft_twelfth'), run.table('condition-sft_twelfth').read_bytes()
+    table.unlink()
+    assert ask().returncode == 0
+    after = stamps(run)
+    assert names(run, (p for p in after if after[p] != made[p])) == {'tables/condition-sft_twelfth.parquet'} | figure
+    assert table.read_bytes() == bytes_
 
 
 def test_dry_run_lists_jobs_and_makes_none(home):
@@ -206,7 +237,7 @@ def test_all_tasks_run_the_whole_chain(home, run):
     for task in ('navigation', 'rank', 'determinant'):
         other = Run('smoke', root=home/'runs', task_name=task)
         assert set(other.load(*evaluation_parts(other, 'rl'))['task']) == {task} and other.checkpoint('rl', 4).is_dir()
-        assert {p.stem for p in (run.dir/'figures'/task).glob('*.png')} == set(FIGURES) - set(ACROSS)
+        assert {p.stem for p in (run.dir/'figures'/task).glob('*.png')} == set(FIGURES) - set(ACROSS) - set(EXTRA)
         assert json.loads((run.dir/'figures'/task/'F1.json').read_text())['tasks'] == [task]
     assert list(pd.read_csv(run.dir/'figures'/'F5.csv')['task'].unique()) == ['general_points', 'navigation', 'rank', 'determinant']
     assert 'nothing to do' in rlheals('reproduce', '--profile', 'smoke', cwd=home).stdout

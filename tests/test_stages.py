@@ -4,6 +4,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from rlheals.baselines import METHODS, baselines_stage
 from rlheals.general_points import GeneralPoints
 from rlheals.models import generate, load_model, set_up_torch
 from rlheals.ppo import rl_stage, train_ppo
@@ -47,6 +48,8 @@ def test_adapters_through_both_stages(tmp_path):
     "With `lora.rank` the stages leave ordinary models: the base's matrices plus an update of that rank; embeddings untouched."
     run = Run('smoke', ('lora.rank=3',), 0, tmp_path)
     sft_stage(run); rl_stage(run, 4)
+    ends = baselines_stage(run)  # they train adapters too, and interpolate what has them merged
+    assert set(ends['stage']) == set(METHODS) and ends['value'].notna().all()
     base, sft, rl = (load_model(p, device='cpu')[0].state_dict() for p in ('tiny', run.checkpoint('sft', 4), run.checkpoint('rl', 4)))
     assert base.keys() == sft.keys() == rl.keys()
     for name, W in base.items():
