@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['mean_loss', 'train_sft', 'sft_stage']
 
-# %% ../nbs/09_sft.ipynb #2aef2030
+# %% ../nbs/09_sft.ipynb #a22acb04
 import tempfile
 from .models import add_lora, load_model, processes, save_model, set_up_torch
 from .profiles import Run, launch
 from .tasks import examples, fingerprint, hash64
 from .views import as_dataset
 
-# %% ../nbs/09_sft.ipynb #d580bb42
+# %% ../nbs/09_sft.ipynb #98779414
 def mean_loss(
     model,
     examples,  # as `SFTTrainer` has prepared them
@@ -40,6 +40,7 @@ def train_sft(
     seed: int = 0,
     on_checkpoint=lambda step, model: None,  # called at each checkpoint with the model as it is
     progress=lambda done, total: None,  # called after each step
+    penalty=None,  # model -> scalar that is added to the loss of each step; the table's losses are without it
 ):
     "Fine-tune in place; a table of losses: columns split, checkpoint, metric, value."
     import pandas as pd
@@ -63,6 +64,12 @@ def train_sft(
             progress(state.global_step, args.max_steps)
             if state.global_step in c['checkpoints']: self.look(state.global_step)
 
+    class Penalised(SFTTrainer):
+        def compute_loss(self, model, *args, **kw):
+            loss, out = super().compute_loss(model, *args, **kw | dict(return_outputs=True))
+            loss = loss + penalty(self.accelerator.unwrap_model(model))
+            return (loss, out) if kw.get('return_outputs') else loss
+
     with tempfile.TemporaryDirectory() as scratch:
         args = SFTConfig(
             output_dir=scratch, max_steps=c['max_steps'], per_device_train_batch_size=c['batch_size'] // n,
@@ -70,12 +77,12 @@ def train_sft(
             optim='adamw_torch_fused', completion_only_loss=True, packing=False, max_length=1024, seed=seed, data_seed=seed,
             save_strategy='no', eval_strategy='no', logging_strategy='no', report_to='none', disable_tqdm=True,
             activation_checkpointing=False, use_cpu=model.device.type == 'cpu', bf16=False, dataloader_pin_memory=False)
-        trainer = SFTTrainer(model, args, train_dataset=train, eval_dataset=tests, processing_class=tokenizer, callbacks=[Checkpoints()])
+        trainer = (Penalised if penalty else SFTTrainer)(model, args, train_dataset=train, eval_dataset=tests, processing_class=tokenizer, callbacks=[Checkpoints()])
         trainer.remove_callback(PrinterCallback)  # what it would print is in the table
         trainer.train()
     return pd.DataFrame(rows)
 
-# %% ../nbs/09_sft.ipynb #92a74c73
+# %% ../nbs/09_sft.ipynb #009a25ca
 def sft_stage(
     run: Run,
     progress=lambda done, total: None,
