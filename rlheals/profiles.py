@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TINY', 'OF_TASK', 'PROFILES', 'ENGINES', 'EDITS', 'load_profile', 'run_name', 'Run', 'launch']
 
-# %% ../nbs/08_profiles.ipynb #778cc178
+# %% ../nbs/08_profiles.ipynb #b9f6d2ed
 import copy, difflib, json, os, re, subprocess, sys
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -14,7 +14,7 @@ from pathlib import Path
 from .models import complete, pick_device
 from .tasks import hash64, load_task, task_options
 
-# %% ../nbs/08_profiles.ipynb #801423f0
+# %% ../nbs/08_profiles.ipynb #f46d6f01
 TINY = dict(
     model=dict(
         name='tiny',  # `tiny`, a directory, or a name on the hub
@@ -96,6 +96,15 @@ TINY = dict(
         top_k=10,  # next tokens whose overlap is taken
         permutations=200,  # of the test of MMD
         threads=1),
+    preserve=dict(  # beyond the paper: ways to hold SFT back
+        methods=['rpsft-10', 'rpsft-100', 'l2-0.01', 'l2-0.1', 'lora-8'],  # each with its weight, or rank; how they were chosen is in the chapter `preserve`
+        share=.2,  # of the rank that RPSFT keeps (its authors: 768 of 3,584 or 4,096)
+        checkpoints=[8, 16, 32, 48, 64, 128, 256, 640],  # of SFT's, that are evaluated
+        threads=1),
+    warning=dict(  # beyond the paper: what could tell the OOD peak without OOD problems
+        prompts=64,  # neutral ones, and training problems
+        share=.25,  # of the rank whose rotation is measured
+        threads=1),
 )
 
 # What differs between tasks. Episodes as in the paper. SFT's examples are so few that ID accuracy ends near the paper's
@@ -115,7 +124,9 @@ PROFILES = dict(  # changes of `TINY`
         grpo=dict(starts=[4], updates=1, responses=16, epochs=1, minibatch=16),
         eval=dict(episodes=8, per_job=2),
         surgery=dict(ranks=[.5, 1.], blocks=2, edits=['directions', 'orthogonal', 'values', 'random', 'parameters']),
-        drift=dict(prompts=8, permutations=20)),
+        drift=dict(prompts=8, permutations=20),
+        preserve=dict(methods=['rpsft-1', 'lora-2'], checkpoints=[2, 4]),
+        warning=dict(prompts=8)),
 )
 
 def _settings(profile, task):  # the settings of a profile for a task
@@ -126,7 +137,7 @@ def _settings(profile, task):  # the settings of a profile for a task
         for section, values in changes.items(): out[section].update(copy.deepcopy(values))
     return out
 
-# %% ../nbs/08_profiles.ipynb #077fc56e
+# %% ../nbs/08_profiles.ipynb #ea930b97
 ENGINES = ('transformers', 'vllm')
 EDITS = ('directions', 'both', 'orthogonal', 'values', 'interpolation', 'matched', 'random', 'parameters')  # what surgery can put back; see its chapter
 
@@ -148,7 +159,7 @@ def _check(c):
         if not ok: raise ValueError(f'{key}={c[section][name]!r} does not work: it must be {rule}')
     counts = ('sft.examples', 'sft.test_examples', 'sft.max_steps', 'sft.batch_size', 'sft.threads', 'sft.processes', 'rl.updates', 'rl.processes',
               'rl.envs', 'rl.turns', 'rl.epochs', 'rl.minibatch', 'rl.micro_batch', 'grpo.updates', 'grpo.responses', 'grpo.epochs', 'grpo.minibatch', 'grpo.threads', 'rl.threads', 'eval.episodes', 'model.max_new_tokens', 'eval.per_job',
-              'eval.threads', 'spectra.threads', 'surgery.blocks', 'surgery.threads', 'drift.prompts', 'drift.top_k', 'drift.permutations', 'drift.threads')
+              'eval.threads', 'spectra.threads', 'surgery.blocks', 'surgery.threads', 'drift.prompts', 'drift.top_k', 'drift.permutations', 'drift.threads', 'preserve.threads', 'warning.prompts', 'warning.threads')
     for key in counts: s, n = key.split('.'); need(c[s][n] >= 1, key, 'at least 1')
     for key in ('sft.learning_rate', 'rl.learning_rate', 'rl.value_learning_rate', 'rl.temperature', 'rl.clip', 'rl.max_grad_norm', 'rl.adam_eps',
                 'grpo.learning_rate', 'grpo.temperature', 'grpo.clip', 'grpo.max_grad_norm', 'grpo.adam_eps'):
@@ -156,6 +167,10 @@ def _check(c):
     for key in ('sft.warmup_steps', 'sft.weight_decay', 'rl.warmup_updates', 'rl.value_clip', 'rl.value_coef', 'grpo.beta', 'rl.entropy_coef', 'eval.temperature'):
         s, n = key.split('.'); need(0 <= c[s][n] < float('inf'), key, '0 or more')
     for key in ('rl.gamma', 'rl.lam'): s, n = key.split('.'); need(0 <= c[s][n] <= 1, key, 'between 0 and 1')
+    for key in ('preserve.share', 'warning.share'): s, n = key.split('.'); need(0 < c[s][n] <= 1, key, 'a share above 0, at most 1')
+    need(c['preserve']['methods'] and all(re.fullmatch(r'(rpsft|l2)-\d*\.?\d+|lora-\d+', m) and float(m.partition('-')[2]) for m in c['preserve']['methods']),
+         'preserve.methods', "'rpsft-' or 'l2-' and a weight above 0, or 'lora-' and a rank, like rpsft-1,l2-0.5,lora-8")
+    need(bool(c['preserve']['checkpoints']), 'preserve.checkpoints', 'one or more of sft.checkpoints')
     for key in ('spectra.shares', 'surgery.ranks'):
         s, n = key.split('.'); need(c[s][n] and all(0 < x <= 1 for x in c[s][n]), key, 'shares above 0, at most 1')
     need(all(x >= 0 for x in c['sft']['checkpoints']), 'sft.checkpoints', 'steps of 0 or more')
@@ -198,6 +213,10 @@ def load_profile(
     c['sft']['checkpoints'] = sorted({0, steps, *(s for s in c['sft']['checkpoints'] if s <= steps)})
     if 'rl.starts' not in given: rl['starts'] = [s for s in rl['starts'] if s < steps] + [steps]
     if 'grpo.starts' not in given: c['grpo']['starts'] = [steps]
+    if 'preserve.checkpoints' not in given: c['preserve']['checkpoints'] = [s for s in c['preserve']['checkpoints'] if s in c['sft']['checkpoints'] and s < steps] + [steps]
+    c['preserve']['checkpoints'] = sorted(set(c['preserve']['checkpoints']))
+    if missing := set(c['preserve']['checkpoints']) - set(c['sft']['checkpoints']):
+        raise ValueError(f"preserve.checkpoints has {sorted(missing)}, which sft.checkpoints has not: {c['sft']['checkpoints']}")
     for section in ('rl', 'grpo'):
         c[section]['starts'] = sorted(set(c[section]['starts']))
         if missing := set(c[section]['starts']) - set(c['sft']['checkpoints']):
@@ -205,7 +224,7 @@ def load_profile(
     _check(c)
     return c
 
-# %% ../nbs/08_profiles.ipynb #ca2f9aa8
+# %% ../nbs/08_profiles.ipynb #0635c5d6
 def run_name(
     profile: str,
     changes=(),  # `section.key=value`
@@ -280,7 +299,7 @@ class Run:
         import pandas as pd
         return pd.concat([pd.read_parquet(self.table(n)) for n in names], ignore_index=True)
 
-# %% ../nbs/08_profiles.ipynb #79848c86
+# %% ../nbs/08_profiles.ipynb #c7235089
 def launch(
     run: Run,
     stage: str,  # `sft` or `rl`

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['mean_loss', 'train_sft', 'sft_stage']
 
-# %% ../nbs/09_sft.ipynb #a22acb04
+# %% ../nbs/09_sft.ipynb #62ef13d4
 import tempfile
 from .models import add_lora, load_model, processes, save_model, set_up_torch
 from .profiles import Run, launch
 from .tasks import examples, fingerprint, hash64
 from .views import as_dataset
 
-# %% ../nbs/09_sft.ipynb #98779414
+# %% ../nbs/09_sft.ipynb #1e69e0b1
 def mean_loss(
     model,
     examples,  # as `SFTTrainer` has prepared them
@@ -66,9 +66,8 @@ def train_sft(
 
     class Penalised(SFTTrainer):
         def compute_loss(self, model, *args, **kw):
-            loss, out = super().compute_loss(model, *args, **kw | dict(return_outputs=True))
-            loss = loss + penalty(self.accelerator.unwrap_model(model))
-            return (loss, out) if kw.get('return_outputs') else loss
+            got, more = super().compute_loss(model, *args, **kw), penalty(self.accelerator.unwrap_model(model))
+            return (got[0] + more, *got[1:]) if isinstance(got, tuple) else got + more
 
     with tempfile.TemporaryDirectory() as scratch:
         args = SFTConfig(
@@ -82,7 +81,7 @@ def train_sft(
         trainer.train()
     return pd.DataFrame(rows)
 
-# %% ../nbs/09_sft.ipynb #009a25ca
+# %% ../nbs/09_sft.ipynb #de2d32cb
 def sft_stage(
     run: Run,
     progress=lambda done, total: None,

@@ -5,11 +5,13 @@ import pandas as pd
 import pytest
 from rlheals import chain
 from rlheals.evaluate import METRICS, evaluation_parts
-from rlheals.figures import ACROSS, FIGURES
+from rlheals.figures import ACROSS, EXTRA
+from rlheals.figures import FIGURES as ALL_FIGURES
 from rlheals.profiles import Run
 from rlheals.surgery import surgery_ends
 
 ROOT = Path(__file__).parents[1]
+FIGURES = {name: f for name, f in ALL_FIGURES.items() if name not in EXTRA}  # those of the default run
 BIN = Path(sys.executable).parent
 
 
@@ -202,7 +204,7 @@ def test_all_tasks_run_the_whole_chain(home, run):
     done = rlheals('reproduce', '--profile', 'smoke', '--task', 'navigation,rank', '--task', 'determinant', cwd=home)
     assert done.returncode == 0, done.stdout + done.stderr
     after = stamps(run)
-    assert names(run, (p for p in before if after[p] != before[p])) == {f'figures/{f}.{e}' for f in ACROSS for e in ('png', 'svg', 'csv')}
+    assert names(run, (p for p in before if after[p] != before[p])) == {f'figures/{f}.{e}' for f in ACROSS if f not in EXTRA for e in ('png', 'svg', 'csv')}
     for task in ('navigation', 'rank', 'determinant'):
         other = Run('smoke', root=home/'runs', task_name=task)
         assert set(other.load(*evaluation_parts(other, 'rl'))['task']) == {task} and other.checkpoint('rl', 4).is_dir()
@@ -210,6 +212,18 @@ def test_all_tasks_run_the_whole_chain(home, run):
         assert json.loads((run.dir/'figures'/task/'F1.json').read_text())['tasks'] == [task]
     assert list(pd.read_csv(run.dir/'figures'/'F5.csv')['task'].unique()) == ['general_points', 'navigation', 'rank', 'determinant']
     assert 'nothing to do' in rlheals('reproduce', '--profile', 'smoke', cwd=home).stdout
+
+
+def test_figures_beyond_the_default_are_made_when_asked_for(home, run):
+    "S3 and S4 make the tables that they need, and nothing of them is there otherwise."
+    assert not list(run.dir.rglob('preserve-*.parquet')) and not run.table('warning').exists() and not any((run.dir/'figures'/f'{f}.png').exists() for f in ('S3', 'S4'))
+    before = stamps(run)
+    done = rlheals('reproduce', '--profile', 'smoke', '--figure', 'S3', '--figure', 'S4', cwd=home)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = {p for p, t in stamps(run).items() if before.get(p) != t}
+    assert names(run, made) == {*(f'tables/preserve-{m}.parquet' for m in run.config['preserve']['methods']), 'tables/warning.parquet', *(f'figures/{f}.{e}' for f in ('S3', 'S4') for e in ('png', 'svg', 'csv'))}
+    assert set(pd.read_csv(run.dir/'figures'/'S3.csv')['method']) == {'sft', *run.config['preserve']['methods']}
+    assert 'nothing to do' in rlheals('reproduce', '--profile', 'smoke', '--figure', 'S3', cwd=home).stdout
 
 
 def test_seeds_are_independent_and_drawn_together(home, run):
