@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['s3', 's4', 'preserve_reading', 'warning_reading']
 
-# %% ../nbs/17d_beyond_figures.ipynb #b375c4f0
+# %% ../nbs/17d_beyond_figures.ipynb #86a0af6e
 import numpy as np
 from .early_warning import METRICS, scores, traces
 from .plots import MUTED, OOD, SFT, figure, reach, rows, steps_axis, top_legend
 from .preserve import LEVELS, at_equal_id, method_name, parse_method
 
-# %% ../nbs/17d_beyond_figures.ipynb #1f3a4ab7
+# %% ../nbs/17d_beyond_figures.ipynb #6a037156
 _LOOKS = dict(sft=((SFT,), 'o', '-'), rpsft=(('#CC79A7', '#882E72'), 's', '-'), l2=(('#D9B45B', '#8A6410'), 'D', (0, (4, 1.5))), lora=(('#56A0C8', '#1F5F85'), '^', (0, (2, 1))))  # tints, marker, line
 
 def _looks(methods):  # method -> colour, marker, line: one hue per kind, darker with its number
@@ -58,7 +58,7 @@ def s3(tables):
     means = paths.melt(['method', 'seed', 'checkpoint'], ['id', 'ood'], 'split', 'mean')
     return fig, pd.concat([gaps.assign(what='at_equal_id'), means.assign(what='path')], ignore_index=True)
 
-# %% ../nbs/17d_beyond_figures.ipynb #c1508437
+# %% ../nbs/17d_beyond_figures.ipynb #2645da72
 _TASKS = dict(general_points='GeneralPoints', navigation='Navigation', rank='Rank', determinant='Determinant', all='all tasks')
 _RULES = {'best': ('o', '#222222', '#222222'), 'other seeds': ('o', '#882E72', '#882E72'), 'other tasks': ('D', '#882E72', 'white')}  # marker, edge, fill
 
@@ -73,17 +73,17 @@ def s4(tables):
     peak = first[0].steps[np.mean([t.accuracy for t in first], 0).argmax()]
     shown = [t for t in _TASKS if t in set(found.task)] + [t for t in dict.fromkeys(found.task) if t not in _TASKS]
     fig = plt.figure(figsize=(7, 4.9))
-    left, right = fig.subfigures(1, 2, width_ratios=(1.15, .95 + .42 * len(shown)))
+    left, right = fig.subfigures(1, 2, width_ratios=(1.6, .95 + .42 * len(shown)))
     panels = left.subplots(6, 2, sharex=True)
     for ax, (metric, name) in zip(panels.T.flat, METRICS.items()):
         for t in first if len(first) > 1 else (): ax.plot(t.steps, t.value(metric), color=SFT, lw=.4, alpha=.35)
         ax.plot(first[0].steps, np.mean([t.value(metric) for t in first], 0), color=SFT, lw=1.1)
         ax.axvline(peak, color=OOD, lw=.8, ls=':')
-        if metric in ('id_loss', 'train_loss') and np.nanmin(ax.get_lines()[-2].get_ydata()) > 0: ax.set_yscale('log'); ax.yaxis.set_major_formatter('{x:g}'); ax.minorticks_off()
+        if metric in ('id_loss', 'train_loss') and np.nanmin(ax.get_lines()[-2].get_ydata()) > 0: ax.set_yscale('log'); ax.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5))); ax.yaxis.set_major_formatter('{x:g}'); ax.minorticks_off()
         else: ax.locator_params(axis='y', nbins=3)
-        ax.set_title(name, fontsize=6, fontweight='normal', pad=2)
+        ax.set_title(name.partition(' (')[0], fontsize=6, fontweight='normal', pad=2)
         ax.tick_params(labelsize=5.5); ax.grid(False)
-    for ax in panels[-1]: steps_axis(ax, first[0].steps, room=.25); ax.tick_params(labelsize=5.5)
+    for ax in panels[-1]: steps_axis(ax, first[0].steps, room=.3); ax.tick_params(labelsize=5.5)
     order = [('', 'oracle'), ('', 'end'), ('', 'fixed step'), *((m, None) for m in METRICS)]
     axes = np.atleast_1d(right.subplots(1, len(shown), sharey=True))
     for ax, task in zip(axes, shown):
@@ -106,7 +106,7 @@ def s4(tables):
     curves = pd.DataFrame([dict(what='quantity', task=t.task, seed=t.seed, checkpoint=c, metric=m, value=v) for t in known for m in t.values for c, v in zip(t.steps, t.values[m])])
     return fig, pd.concat([found.assign(what='score'), curves], ignore_index=True)
 
-# %% ../nbs/17d_beyond_figures.ipynb #0380e7e4
+# %% ../nbs/17d_beyond_figures.ipynb #42deff08
 def _points(d, digits=1): return f"{100 * d['mean']:+.{digits}f} points [{100 * d['low']:+.{digits}f}, {100 * d['high']:+.{digits}f}]"
 
 def preserve_reading(

@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'NEUTRAL', 'SENTENCES', 'BEST', 'update_rows', 'neutral_te
            'warning_stage', 'Trace', 'traces', 'first_past', 'choose_threshold', 'stops', 'oracle', 'scores',
            'made_up_traces']
 
-# %% ../nbs/16d_warning.ipynb #53192048
+# %% ../nbs/16d_warning.ipynb #cb71d606
 from functools import partial
 import math, random
 import numpy as np
@@ -20,14 +20,14 @@ from .spectra import At, full_precision, principal_angles, rank_of_share, tabula
 from .tasks import examples
 from .world import document
 
-# %% ../nbs/16d_warning.ipynb #7dbb98fd
+# %% ../nbs/16d_warning.ipynb #d9fec792
 METRICS = dict(  # and how figures call them
     id_loss='ID test loss', train_loss='training loss', id_accuracy='ID accuracy',
-    rotation='rotation from the base (°)', speed='rotation per step (°)', log_speed='rotation per log step (°)',
-    change='relative change of weights', inside='share of update in top-k', effective_rank='effective rank of update',
-    kl='KL on neutral texts (nats)', entropy='entropy, training answers', margin='margin, training answers')
+    rotation='rotation from base (°)', speed='rotation per step (°)', log_speed='rotation per log step (°)',
+    change='relative weight change', inside='update within top-k', effective_rank='rank of the update',
+    kl='KL on neutral texts (nats)', entropy='entropy of answers', margin='margin of answers')
 
-# %% ../nbs/16d_warning.ipynb #7efb98e3
+# %% ../nbs/16d_warning.ipynb #00335f42
 @full_precision()
 def update_rows(
     at: At,
@@ -51,7 +51,7 @@ def update_rows(
         out += [dict(layer=at.layer, kind=at.kind, checkpoint=step, metric=m, value=v) for m, v in found.items()]
     return out
 
-# %% ../nbs/16d_warning.ipynb #440000ab
+# %% ../nbs/16d_warning.ipynb #3e03cd9d
 NEUTRAL = dict(general_points=('step', 'rank', 'determinant', 'sums'), navigation=('solve', 'rank', 'determinant', 'sums'),
                rank=('solve', 'step', 'determinant', 'sums'), determinant=('solve', 'step', 'rank'))  # task -> kinds of documents of the tiny world that do not practise it
 SENTENCES = (
@@ -87,7 +87,7 @@ def divergence(
     "Mean over texts of the mean divergence `KL(base || now)` per position, in nats."
     return float(np.mean([(p.exp() * (p - q)).sum(-1).mean().item() for p, q in zip(base, now)]))
 
-# %% ../nbs/16d_warning.ipynb #3117f827
+# %% ../nbs/16d_warning.ipynb #5c66bbdf
 def warning_stage(
     run: Run,
     progress=lambda done, total: None,
@@ -122,7 +122,7 @@ def warning_stage(
     table = pd.concat([p[['checkpoint', 'metric', 'value']] for p in parts], ignore_index=True)
     return run.save(table[table.checkpoint > 0].reset_index(drop=True), 'warning')
 
-# %% ../nbs/16d_warning.ipynb #6ab4d37f
+# %% ../nbs/16d_warning.ipynb #8cd0e25e
 BEST = dict(id_loss=-1, id_accuracy=1)  # quantities whose best value is a rule: its sign
 
 class Trace:
@@ -203,7 +203,7 @@ def oracle(
     even = np.arange(t.ood.shape[1]) % 2 == 0
     return np.where(even, t.ood[t.ood[:, ~even].mean(1).argmax()], t.ood[t.ood[:, even].mean(1).argmax()])
 
-# %% ../nbs/16d_warning.ipynb #a0813a1b
+# %% ../nbs/16d_warning.ipynb #2850667e
 def scores(
     all_traces: list[Trace],
     draws: int = 1000,
@@ -215,11 +215,12 @@ def scores(
     loss = {(t.task, t.seed): t.ood[int(np.nanargmin(t.value('id_loss')))] for t in all_traces}
     top = {(t.task, t.seed): oracle(t) for t in all_traces}
     drawn = {(t.task, t.seed): np.random.default_rng(t.seed).multinomial(n := t.ood.shape[1], np.full(n, 1 / n), draws) / n for t in all_traces}  # (draws, episodes)
+    padded = {(t.task, t.seed): np.random.default_rng(t.seed).multinomial(n := t.ood.shape[1], np.r_[np.ones(n), .5, .5, 1] / (n + 2), draws) / n for t in all_traces}  # (draws, episodes + 3)
     cells = {}  # metric, rule -> task -> seed -> (score, its draws, OOD accuracy, regret, step)
     def put(metric, rule, t, x, step):
         key = t.task, t.seed
         gap = x - loss[key]
-        cells.setdefault((metric, rule), {}).setdefault(t.task, {})[t.seed] = gap.mean(), drawn[key] @ gap, x.mean(), (top[key] - x).mean(), step
+        cells.setdefault((metric, rule), {}).setdefault(t.task, {})[t.seed] = gap.mean(), padded[key] @ np.r_[gap, 1, -1, 0], x.mean(), (top[key] - x).mean(), step
     for metric, rule, t, i in stops(all_traces): put(metric, rule, t, t.ood[i], t.steps[i])
     for t in all_traces:
         put('', 'oracle', t, top[t.task, t.seed], np.nan)
@@ -247,7 +248,7 @@ def scores(
     for _, g in table[judged].groupby('task'): table.loc[g.index, 'p_holm'] = multipletests(g.p, method='holm')[1]
     return table
 
-# %% ../nbs/16d_warning.ipynb #dffe5ed6
+# %% ../nbs/16d_warning.ipynb #413177f7
 def made_up_traces(
     seeds: int = 4,
     tasks=('general_points', 'rank'),

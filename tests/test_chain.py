@@ -224,6 +224,8 @@ def test_figures_beyond_the_default_are_made_when_asked_for(home, run):
     assert names(run, made) == {*(f'tables/preserve-{m}.parquet' for m in run.config['preserve']['methods']), 'tables/warning.parquet', *(f'figures/{f}.{e}' for f in ('S3', 'S4') for e in ('png', 'svg', 'csv'))}
     assert set(pd.read_csv(run.dir/'figures'/'S3.csv')['method']) == {'sft', *run.config['preserve']['methods']}
     assert 'nothing to do' in rlheals('reproduce', '--profile', 'smoke', '--figure', 'S3', cwd=home).stdout
+    done = subprocess.run([sys.executable, '-m', 'papermill', str(ROOT/'nbs'/'paper'/'09_beyond.ipynb'), 'beyond.out.ipynb', '-p', 'profile', 'smoke'], cwd=home, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_seeds_are_independent_and_drawn_together(home, run):
