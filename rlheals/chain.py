@@ -7,7 +7,7 @@ __all__ = ['PAPER', 'HOME', 'TABLES', 'ChainError', 'sft_files', 'rl_files', 'gr
            'figure_inputs', 'seeds_together', 'figures_dir', 'provenance', 'draw_figure', 'progress', 'Job',
            'snakemake', 'plan', 'seconds', 'makespan', 'clock', 'execute', 'open_run']
 
-# %% ../nbs/19_chain.ipynb #aef0cc1f
+# %% ../nbs/19_chain.ipynb #fdd46c1a
 import json, os, re, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,13 +20,13 @@ from .profiles import Run
 from .surgery import surgery_plan
 from .tasks import TASKS
 
-# %% ../nbs/19_chain.ipynb #e8cac9bd
+# %% ../nbs/19_chain.ipynb #1062b7fa
 PAPER = (Path(__file__).parents[1] if '__file__' in globals() else Path('..').resolve())/'nbs'/'paper'  # the chain's notebooks
 
 class ChainError(RuntimeError):
     "A stage failed, or the chain cannot start: the message says which, and where its log is."
 
-# %% ../nbs/19_chain.ipynb #3fac568f
+# %% ../nbs/19_chain.ipynb #2ac3feba
 def sft_files(run: Run) -> list[Path]:
     "What the SFT stage makes: its checkpoints and the table of losses."
     return [run.checkpoint('sft', s)/'model.safetensors' for s in run.config['sft']['checkpoints']] + [run.table('losses')]
@@ -39,7 +39,7 @@ def grpo_files(run: Run, start: int) -> list[Path]:
     "What GRPO from one checkpoint makes."
     return [run.checkpoint('grpo', start)/'model.safetensors', run.table(f'grpo-{start:06d}')]
 
-# %% ../nbs/19_chain.ipynb #eb14744d
+# %% ../nbs/19_chain.ipynb #5fb35415
 HOME = 'general_points'  # the task whose figures are not in a directory of their own
 
 TABLES = dict(  # table of a figure -> names of a run's tables
@@ -59,6 +59,8 @@ TABLES = dict(  # table of a figure -> names of a run's tables
     states=lambda run: ['states'],
     drift=lambda run: ['drift'],
     next_token=lambda run: ['next_token'],
+    preserve=lambda run: [f'preserve-{m}' for m in run.config['preserve']['methods']],
+    warning=lambda run: ['warning'],
 )
 
 def variants(
@@ -109,7 +111,7 @@ def figures_dir(
     base = Path(run.root).resolve().parent/'figures' if run.dir.name == 'tiny' else run.dir/'figures'
     return base if run.task_name == HOME or figure in ACROSS else base/run.task_dir
 
-# %% ../nbs/19_chain.ipynb #242144a6
+# %% ../nbs/19_chain.ipynb #61e264d6
 def provenance(run: Run, inputs: list[Path], seeds: int, tasks) -> dict:
     "Where a result comes from: package version and commit, settings, tasks, seeds, library versions, hashes of the inputs."
     import hashlib
@@ -138,7 +140,7 @@ def draw_figure(
     save(picture, data, stem, provenance(run, figure_inputs(run, figure, seeds, tasks), seeds, tasks))
     return stem.with_suffix('.png'), data
 
-# %% ../nbs/19_chain.ipynb #23fa6c6d
+# %% ../nbs/19_chain.ipynb #b8f9fbe5
 def _progress_file(folder, job, run): return Path(folder)/f'{job}.{run.task_dir}.{run.seed}.json'  # a stage writes it, the command line reads it
 
 @contextmanager
@@ -164,11 +166,11 @@ def progress(
     try: yield write
     finally: path.unlink(missing_ok=True)
 
-# %% ../nbs/19_chain.ipynb #be3a4a82
+# %% ../nbs/19_chain.ipynb #78346133
 @dataclass(frozen=True)
 class Job:
     "One notebook to execute."
-    rule: str  # `base`, `sft`, `rl`, `grpo`, `evaluate`, `baselines`, `spectra`, `surgery`, `drift`, `condition`, `figure`, `reading`, `claims`
+    rule: str  # `base`, `sft`, `rl`, `grpo`, `evaluate`, `baselines`, `spectra`, `surgery`, `drift`, `condition`, `preserve`, `warning`, `figure`, `reading`, `claims`
     name: str  # like `rl-000128`
     task: str
     seed: int
@@ -210,10 +212,10 @@ def plan(run: Run, seeds: int = 1, targets=(), tasks=()) -> list[Job]:
         name = {'base': 'base', 'sft': 'sft', 'spectra': 'spectra', 'drift': 'drift', 'figure': path.stem, 'reading': path.stem}.get(rule)
         name = name or (path.parent.name if path.name == 'model.safetensors' else path.stem.replace('advantages-', 'rl-'))
         found.setdefault((rule, name, task, seed), []).append(path)
-    order = ('base', 'sft', 'evaluate', 'rl', 'grpo', 'baselines', 'spectra', 'surgery', 'drift', 'condition', 'figure', 'reading', 'claims')
+    order = ('base', 'sft', 'evaluate', 'rl', 'grpo', 'baselines', 'spectra', 'surgery', 'drift', 'condition', 'preserve', 'warning', 'figure', 'reading', 'claims')
     return sorted((Job(*what, tuple(f)) for what, f in found.items()), key=lambda j: (order.index(j.rule), j.task, j.seed, len(j.name), j.name))
 
-# %% ../nbs/19_chain.ipynb #6e5c45fa
+# %% ../nbs/19_chain.ipynb #f7d5db53
 def seconds(job: Job, run: Run) -> float:
     "A rough time for a job, in seconds."
     here = replace(run, task_name=job.task) if job.task else run
@@ -222,6 +224,7 @@ def seconds(job: Job, run: Run) -> float:
     evaluation = .0075 * e['episodes'] * c['task'].get('tries', 1) * (2 * c['task']['turns'] + 2 if 'turns' in c['task'] else 1)  # both splits
     if job.rule == 'base': return 15 + c['base']['steps'] * .09
     if job.rule == 'sft': return 15 + c['sft']['max_steps'] * c['sft']['batch_size'] * .0017 + .6 * len(c['sft']['checkpoints'])
+    if job.rule == 'preserve': return 20 + c['sft']['max_steps'] * c['sft']['batch_size'] * .002 + evaluation * len(c['preserve']['checkpoints'])
     if job.rule == 'rl': return 9 + rl['updates'] * rl['envs'] * rl['turns'] * (.0055 + .003 * rl['epochs'])
     if job.rule == 'grpo': return 12 + c['grpo']['updates'] * c['grpo']['responses'] * (.008 + .004 * c['grpo']['epochs'])
     if job.rule == 'evaluate': return 9 + e['per_job'] * evaluation
@@ -238,14 +241,14 @@ def seconds(job: Job, run: Run) -> float:
         return 8 + ends * each + (seconds(replace(job, rule='sft'), sft) + len(c['sft']['checkpoints']) * evaluation if sft else 0)
     if job.rule == 'surgery':
         return 10 + len(surgery_plan(job.name.removeprefix('surgery-'), c['surgery'], c['surgery']['blocks'])) * evaluation
-    return 12 if job.rule in ('spectra', 'drift') else 6
+    return 12 if job.rule in ('spectra', 'drift') else 20 if job.rule == 'warning' else 6
 
 def makespan(jobs: list[Job], run: Run, cores: int) -> float:
     "A rough time for several jobs on some cores: pretraining and SFT are alone, the others run side by side."
     first = sum(seconds(j, run) for j in jobs if j.rule in ('base', 'sft'))
     return first + sum(seconds(j, run) for j in jobs if j.rule not in ('base', 'sft')) / cores
 
-# %% ../nbs/19_chain.ipynb #367d55f5
+# %% ../nbs/19_chain.ipynb #956f7c69
 def clock(s: float) -> str:
     "Seconds as minutes:seconds."
     return f"{int(s) // 60}:{int(s) % 60:02d}"
@@ -332,7 +335,7 @@ def _left(cost, done, part, elapsed, jobs):  # seconds; the estimate, corrected 
     rate = (gone + .1 * total) / (elapsed + .1 * prior)  # starts at the estimate, follows the facts
     return (total - gone) / rate
 
-# %% ../nbs/19_chain.ipynb #54ca9b31
+# %% ../nbs/19_chain.ipynb #a97ac5c1
 def open_run(
     profile: str = 'tiny',
     changes: str = '',  # `section.key=value`, several with `;` between

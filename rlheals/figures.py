@@ -6,15 +6,16 @@
 __all__ = ['ERRORS', 'TASK_NAMES', 'KINDS', 'FIGURES', 'EXTRA', 'NEEDS', 'ACROSS', 'f1', 'f2', 'f3', 'f4', 'f5', 'f6', 'f7', 'f8',
            'f9', 'f10', 'f12', 'f11', 'f13', 's1', 'draw']
 
-# %% ../nbs/18_figures.ipynb #c3612edf
+# %% ../nbs/18_figures.ipynb #1d669ad6
 import math
 import numpy as np
+from .beyond_figures import s3, s4
 from .condition_figures import s2
 from .model_figures import f14
 from .plots import BASELINES, EDITS, MUTED, RL, SFT, SPLITS, curve, figure, percent_axis, reach, rows, steps_axis, top_legend, with_seeds
 from .stats import differences, interval, landmarks, summarise
 
-# %% ../nbs/18_figures.ipynb #cb40f3ea
+# %% ../nbs/18_figures.ipynb #18854304
 def _above(x, gap):  # stretches (left, right) of x where the polyline of gap is above 0
     out = []
     for a, b, u, v in zip(x, x[1:], gap, gap[1:]):
@@ -64,7 +65,7 @@ def f1(tables):
                     + [Line2D([], [], ls='', color=BASELINES[m][1], marker=BASELINES[m][2], ms=3.4, label=BASELINES[m][0]) for m in ends if m != 'rl'], ncols=4)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #de984a8f
+# %% ../nbs/18_figures.ipynb #bf0d6bcc
 def _by_split(ax, data, best, scale=100, named=True):  # a curve per split; best: the step of SFT's best OOD accuracy
     ax.axvline(best, color=MUTED, lw=.8, ls=':', zorder=0)
     if named: ax.annotate('best OOD', (best, 1), (0, 1.5), xycoords=('data', 'axes fraction'), textcoords='offset points',
@@ -85,7 +86,7 @@ def f2(tables):
     top_legend(fig, handles)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #01384a71
+# %% ../nbs/18_figures.ipynb #c137e5e3
 @figure('losses', 'sft_evaluation')
 def f3(tables):
     "Loss per answer token along SFT, on training examples and on ID and OOD test problems (95 % intervals over seeds). Dotted: the checkpoint with the best OOD accuracy."
@@ -102,7 +103,7 @@ def f3(tables):
     top_legend(fig, handles)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #47de1a53
+# %% ../nbs/18_figures.ipynb #df3aedb4
 ERRORS = dict(format_error='answer not in the format', rule_error='numbers read wrong', solving_error='solved wrong')
 
 @figure('sft_evaluation')
@@ -120,7 +121,7 @@ def f4(tables):
     top_legend(fig, handles)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #92a5d807
+# %% ../nbs/18_figures.ipynb #bf8433a7
 TASK_NAMES = dict(general_points='GeneralPoints', navigation='Navigation', rank='Rank', determinant='Determinant')
 
 def _by_task(df):  # task -> its rows; a table without the column is of one task without a name
@@ -170,7 +171,7 @@ def f5(tables):
     top_legend(fig, axes.flat[0].get_legend_handles_labels()[0])
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #8876d020
+# %% ../nbs/18_figures.ipynb #9844f2ab
 @figure('advantages')
 def f6(tables):
     "PPO's raw advantages by the SFT step RL started from: their distribution (the outermost bins hold what lies beyond), the share above zero, and the skewness, mean over updates (95 % intervals)."
@@ -208,7 +209,7 @@ def f6(tables):
     for axis in (ax, share, skew): axis.grid(False); axis.tick_params(axis='y', length=0)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #c237a79f
+# %% ../nbs/18_figures.ipynb #0bd35db6
 KINDS = dict(q_proj='query', k_proj='key', v_proj='value', down_proj='MLP, down')
 
 def _over_layers(df, by):  # mean over seeds, then mean and range over layers
@@ -250,7 +251,7 @@ def f7(tables):
     top_legend(fig, axes[0, 0].get_legend_handles_labels()[0])
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #3b554b40
+# %% ../nbs/18_figures.ipynb #0ed1483b
 def _pair_look(pairs):  # colour by family (SFT, RL), lighter from the second of a family on
     seen = {}
     for p in pairs: seen.setdefault('RL' if p.startswith('RL') else 'SFT', []).append(p)
@@ -289,7 +290,7 @@ def f8(tables):
                + [Line2D([], [], color='#222222', lw=1, ls=ls, label=f'{s} vectors') for s, ls in sides.items()], ncols=3)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #24b82bed
+# %% ../nbs/18_figures.ipynb #1263d7dc
 def _follows(late):  # Spearman's rank correlation of OOD accuracy and rotation: mean over seeds, low, high
     rho = late.groupby('seed')[['angle', 'mean']].apply(lambda d: d.angle.corr(d['mean'], 'spearman') if len(d) > 2 and d.angle.nunique() > 1 and d['mean'].nunique() > 1 else np.nan).dropna()
     return [rho.mean(), *np.clip(interval([[r] for r in rho]), -1, 1)] if len(rho) else [np.nan] * 3
@@ -325,7 +326,7 @@ def f9(tables):
     percent_axis(axes[0], 'OOD accuracy (%)')
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #3b7ab3d8
+# %% ../nbs/18_figures.ipynb #3360fbfc
 def _surgery(tables, sweep):  # summary of one sweep's edits, and of the target and donor
     import pandas as pd
     s = rows(tables['surgery'], 'surgery', metric='success', split=('id', 'ood'))
@@ -374,7 +375,7 @@ def f12(tables):
     "Accuracy of the model after RL (target: RL_End) with the directions of the SFT checkpoint it started from (donor: SFT_End) imposed on it, by the share of the rank that is replaced, with controls (95 % intervals)."
     return _by_rank(_surgery(dict(surgery=tables['imposed']), 'impose'))
 
-# %% ../nbs/18_figures.ipynb #f6ee1869
+# %% ../nbs/18_figures.ipynb #30a72c36
 def _block_key(block):  # all layers last, others by their first layer, short blocks first
     first, _, last = block.partition('-')
     return (1, 0, 0) if block == 'all' else (0, int(last or first) - int(first), int(first))
@@ -406,7 +407,7 @@ def f11(tables):
     _say_missing(fig, data)
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #e456dea9
+# %% ../nbs/18_figures.ipynb #c7dbb231
 @figure('energy')
 def f13(tables):
     "Above: shares of an update's energy, by matrix, mean over layers (bars: 95 % intervals over seeds; dots: seeds; dotted: an update without structure). Below: root mean square of U^T dW V in blocks, for q of the middle layer, relative to the whole (log scale)."
@@ -438,7 +439,7 @@ def f13(tables):
     top_legend(fig, axes[0, 0].get_legend_handles_labels()[0])
     return fig, data
 
-# %% ../nbs/18_figures.ipynb #20b6e35f
+# %% ../nbs/18_figures.ipynb #87ff2641
 def _rise(log):  # mean of the last quarter of the updates less the first, and its interval
     by_seed = [g.sort_values('update')['value'].to_numpy() for _, g in log.groupby('seed')]
     part = max(1, len(by_seed[0]) // 4)
@@ -470,9 +471,9 @@ def s1(tables):
     top_legend(fig, list(handles.values()))
     return fig, pd.concat(data, ignore_index=True)
 
-# %% ../nbs/18_figures.ipynb #a000eb56
-FIGURES = dict(F1=f1, F2=f2, F3=f3, F4=f4, F5=f5, F6=f6, F7=f7, F8=f8, F9=f9, F10=f10, F11=f11, F12=f12, F13=f13, F14=f14, S1=s1, S2=s2)
-EXTRA = ('S2',)  # made on request only: they take training of their own
+# %% ../nbs/18_figures.ipynb #c8a69c6d
+FIGURES = dict(F1=f1, F2=f2, F3=f3, F4=f4, F5=f5, F6=f6, F7=f7, F8=f8, F9=f9, F10=f10, F11=f11, F12=f12, F13=f13, F14=f14, S1=s1, S2=s2, S3=s3, S4=s4)
+EXTRA = ('S2', 'S3', 'S4')  # made on request only: they take training of their own
 NEEDS = {name: f.needs for name, f in FIGURES.items()}  # the tables of each figure
 ACROSS = tuple(name for name, f in FIGURES.items() if f.across_tasks)  # figures that show several tasks side by side
 

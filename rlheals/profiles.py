@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TINY', 'OF_TASK', 'PROFILES', 'ENGINES', 'EDITS', 'CONDITIONS', 'load_profile', 'run_name', 'Run', 'launch']
 
-# %% ../nbs/08_profiles.ipynb #39113eac
+# %% ../nbs/08_profiles.ipynb #005012ed
 import copy, difflib, json, os, re, subprocess, sys
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -14,7 +14,7 @@ from pathlib import Path
 from .models import complete, pick_device
 from .tasks import hash64, load_task, task_options
 
-# %% ../nbs/08_profiles.ipynb #a6aa455a
+# %% ../nbs/08_profiles.ipynb #d418f289
 TINY = dict(
     model=dict(
         name='tiny',  # `tiny`, a directory, a name on the hub, or `anew`: for each seed a base model of its own, made by `base`
@@ -110,6 +110,15 @@ TINY = dict(
         names=['default', 'entropy_none', 'entropy_x3', 'entropy_x10', 'rl_rate_quarter', 'rl_rate_double', 'temperature_low', 'temperature_high',
                'one_try', 'more_tries', 'more_updates', 'grpo', 'grpo_kl', 'hands_seen', 'hands_new', 'sft_slow', 'sft_quarter', 'sft_twelfth'],
         threads=1),
+    preserve=dict(  # beyond the paper: ways to hold SFT back
+        methods=['rpsft-10', 'rpsft-100', 'l2-0.01', 'l2-0.1', 'lora-8'],  # each with its weight, or rank; how they were chosen is in the chapter `preserve`
+        share=.2,  # of the rank that RPSFT keeps (its authors: 768 of 3,584 or 4,096)
+        checkpoints=[8, 16, 32, 48, 64, 128, 256, 640],  # of SFT's, that are evaluated
+        threads=1),
+    warning=dict(  # beyond the paper: what could tell the OOD peak without OOD problems
+        prompts=64,  # neutral ones, and training problems
+        share=.25,  # of the rank whose rotation is measured
+        threads=1),
 )
 
 # What differs between tasks. Episodes as in the paper. SFT's examples are so few that ID accuracy ends near the paper's
@@ -132,7 +141,9 @@ PROFILES = dict(  # changes of `TINY`
         surgery=dict(ranks=[.5, 1.], blocks=2, edits=['directions', 'orthogonal', 'values', 'random', 'parameters']),
         drift=dict(prompts=8, permutations=20),
         baselines=dict(starts=[4], rounds=2),
-        conditions=dict(starts=[4], names=['default', 'sft_twelfth'])),
+        conditions=dict(starts=[4], names=['default', 'sft_twelfth']),
+        preserve=dict(methods=['rpsft-1', 'lora-2'], checkpoints=[2, 4]),
+        warning=dict(prompts=8)),
 )
 
 def _settings(profile, task):  # the settings of a profile for a task
@@ -143,7 +154,7 @@ def _settings(profile, task):  # the settings of a profile for a task
         for section, values in changes.items(): out[section].update(copy.deepcopy(values))
     return out
 
-# %% ../nbs/08_profiles.ipynb #b64106a3
+# %% ../nbs/08_profiles.ipynb #2e2784dd
 ENGINES = ('transformers', 'vllm')
 EDITS = ('directions', 'both', 'orthogonal', 'values', 'interpolation', 'matched', 'random', 'parameters')  # what surgery can put back; see its chapter
 CONDITIONS = tuple(TINY['conditions']['names'])  # under which RL is tried; see their chapter
@@ -166,7 +177,7 @@ def _check(c):
         if not ok: raise ValueError(f'{key}={c[section][name]!r} does not work: it must be {rule}')
     counts = ('base.hidden_size', 'base.layers', 'base.heads', 'base.mlp', 'base.threads', 'sft.examples', 'sft.test_examples', 'sft.max_steps', 'sft.batch_size', 'sft.threads', 'sft.processes', 'rl.updates', 'rl.processes',
               'rl.envs', 'rl.turns', 'rl.epochs', 'rl.minibatch', 'rl.micro_batch', 'grpo.updates', 'grpo.responses', 'grpo.epochs', 'grpo.minibatch', 'grpo.threads', 'rl.threads', 'eval.episodes', 'model.max_new_tokens', 'eval.per_job',
-              'eval.threads', 'spectra.threads', 'surgery.blocks', 'surgery.threads', 'drift.prompts', 'drift.top_k', 'drift.permutations', 'drift.threads', 'baselines.rounds', 'baselines.threads', 'conditions.threads')
+              'eval.threads', 'spectra.threads', 'surgery.blocks', 'surgery.threads', 'drift.prompts', 'drift.top_k', 'drift.permutations', 'drift.threads', 'baselines.rounds', 'baselines.threads', 'conditions.threads', 'preserve.threads', 'warning.prompts', 'warning.threads')
     for key in counts: s, n = key.split('.'); need(c[s][n] >= 1, key, 'at least 1')
     for key in ('sft.learning_rate', 'rl.learning_rate', 'rl.value_learning_rate', 'rl.temperature', 'rl.clip', 'rl.max_grad_norm', 'rl.adam_eps',
                 'grpo.learning_rate', 'grpo.temperature', 'grpo.clip', 'grpo.max_grad_norm', 'grpo.adam_eps'):
@@ -174,6 +185,10 @@ def _check(c):
     for key in ('sft.warmup_steps', 'sft.weight_decay', 'rl.warmup_updates', 'rl.value_clip', 'rl.value_coef', 'grpo.beta', 'rl.entropy_coef', 'eval.temperature'):
         s, n = key.split('.'); need(0 <= c[s][n] < float('inf'), key, '0 or more')
     for key in ('rl.gamma', 'rl.lam'): s, n = key.split('.'); need(0 <= c[s][n] <= 1, key, 'between 0 and 1')
+    for key in ('preserve.share', 'warning.share'): s, n = key.split('.'); need(0 < c[s][n] <= 1, key, 'a share above 0, at most 1')
+    need(c['preserve']['methods'] and all(re.fullmatch(r'(rpsft|l2)-\d*\.?\d+|lora-\d+', m) and float(m.partition('-')[2]) for m in c['preserve']['methods']),
+         'preserve.methods', "'rpsft-' or 'l2-' and a weight above 0, or 'lora-' and a rank, like rpsft-1,l2-0.5,lora-8")
+    need(bool(c['preserve']['checkpoints']), 'preserve.checkpoints', 'one or more of sft.checkpoints')
     for key in ('spectra.shares', 'surgery.ranks'):
         s, n = key.split('.'); need(c[s][n] and all(0 < x <= 1 for x in c[s][n]), key, 'shares above 0, at most 1')
     need(0 <= c['baselines']['share'] <= 1, 'baselines.share', 'between 0 and 1')
@@ -228,6 +243,10 @@ def load_profile(
     for section, of in (('baselines', c['sft']['checkpoints']), ('conditions', rl['starts'])):
         if f'{section}.starts' not in given: c[section]['starts'] = [s for s in c[section]['starts'] if s < steps and s in of] + [max(of, default=steps)]
     if 'baselines.rounds' not in given: c['baselines']['rounds'] = min(c['baselines']['rounds'], rl['updates'])
+    if 'preserve.checkpoints' not in given: c['preserve']['checkpoints'] = [s for s in c['preserve']['checkpoints'] if s in c['sft']['checkpoints'] and s < steps] + [steps]
+    c['preserve']['checkpoints'] = sorted(set(c['preserve']['checkpoints']))
+    if missing := set(c['preserve']['checkpoints']) - set(c['sft']['checkpoints']):
+        raise ValueError(f"preserve.checkpoints has {sorted(missing)}, which sft.checkpoints has not: {c['sft']['checkpoints']}")
     for section in ('rl', 'grpo', 'baselines', 'conditions'):
         c[section]['starts'] = sorted(set(c[section]['starts']))
         if missing := set(c[section]['starts']) - set(c['sft']['checkpoints']):
@@ -235,7 +254,7 @@ def load_profile(
     _check(c)
     return c
 
-# %% ../nbs/08_profiles.ipynb #d1325537
+# %% ../nbs/08_profiles.ipynb #c0321305
 def run_name(
     profile: str,
     changes=(),  # `section.key=value`
@@ -315,7 +334,7 @@ class Run:
         import pandas as pd
         return pd.concat([pd.read_parquet(self.table(n)) for n in names], ignore_index=True)
 
-# %% ../nbs/08_profiles.ipynb #8607e4f2
+# %% ../nbs/08_profiles.ipynb #3d26beab
 def launch(
     run: Run,
     stage: str,  # `sft` or `rl`

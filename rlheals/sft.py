@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mean_loss', 'train_sft', 'sft_stage', 'base_stage']
 
-# %% ../nbs/09_sft.ipynb #7c545c0c
+# %% ../nbs/09_sft.ipynb #823b5dfa
 import json, tempfile
 from pathlib import Path
 from .models import add_lora, complete, load_model, processes, save_model, set_up_torch
@@ -13,7 +13,7 @@ from .profiles import Run, launch
 from .tasks import examples, fingerprint, hash64
 from .views import as_dataset
 
-# %% ../nbs/09_sft.ipynb #a4544612
+# %% ../nbs/09_sft.ipynb #a2b8afd1
 def mean_loss(
     model,
     examples,  # as `SFTTrainer` has prepared them
@@ -41,6 +41,7 @@ def train_sft(
     seed: int = 0,
     on_checkpoint=lambda step, model: None,  # called at each checkpoint with the model as it is
     progress=lambda done, total: None,  # called after each step
+    penalty=None,  # model -> scalar that is added to the loss of each step; the table's losses are without it
 ):
     "Fine-tune in place; a table of losses: columns split, checkpoint, metric, value."
     import pandas as pd
@@ -64,6 +65,11 @@ def train_sft(
             progress(state.global_step, args.max_steps)
             if state.global_step in c['checkpoints']: self.look(state.global_step)
 
+    class Penalised(SFTTrainer):
+        def compute_loss(self, model, *args, **kw):
+            got, more = super().compute_loss(model, *args, **kw), penalty(self.accelerator.unwrap_model(model))
+            return (got[0] + more, *got[1:]) if isinstance(got, tuple) else got + more
+
     with tempfile.TemporaryDirectory() as scratch:
         args = SFTConfig(
             output_dir=scratch, max_steps=c['max_steps'], per_device_train_batch_size=c['batch_size'] // n,
@@ -71,12 +77,12 @@ def train_sft(
             optim='adamw_torch_fused', completion_only_loss=True, packing=False, max_length=1024, seed=seed, data_seed=seed,
             save_strategy='no', eval_strategy='no', logging_strategy='no', report_to='none', disable_tqdm=True,
             activation_checkpointing=False, use_cpu=model.device.type == 'cpu', bf16=False, dataloader_pin_memory=False)
-        trainer = SFTTrainer(model, args, train_dataset=train, eval_dataset=tests, processing_class=tokenizer, callbacks=[Checkpoints()])
+        trainer = (Penalised if penalty else SFTTrainer)(model, args, train_dataset=train, eval_dataset=tests, processing_class=tokenizer, callbacks=[Checkpoints()])
         trainer.remove_callback(PrinterCallback)  # what it would print is in the table
         trainer.train()
     return pd.DataFrame(rows)
 
-# %% ../nbs/09_sft.ipynb #c2b8d47c
+# %% ../nbs/09_sft.ipynb #835290da
 def sft_stage(
     run: Run,
     progress=lambda done, total: None,
@@ -97,7 +103,7 @@ def sft_stage(
     losses.insert(1, 'problems', losses['split'].map({s: fingerprint([p for p, _ in ps]) for s, ps in pairs.items()}))
     return run.save(losses, 'losses')
 
-# %% ../nbs/09_sft.ipynb #ceb50b31
+# %% ../nbs/09_sft.ipynb #b2f63d99
 def base_stage(
     run: Run,
     progress=lambda done, total: None,

@@ -47,7 +47,7 @@ def test_everything_is_there(home, run):
         for ext in ('png', 'svg', 'csv', 'json'): assert (run.dir/'figures'/f'{f}.{ext}').stat().st_size > 0
         record = json.loads((run.dir/'figures'/f'{f}.json').read_text())
         assert record['profile'] == 'smoke' and record['settings'] == run.config and all(len(h) == 64 for h in record['inputs'].values())
-    assert set(FIGURES) == {'F1', 'F2', 'F3', 'F4', 'F5', 'F6', 'F7', 'F8', 'F9', 'F10', 'F11', 'F12', 'F13', 'F14', 'S1', 'S2'}
+    assert set(FIGURES) == {'F1', 'F2', 'F3', 'F4', 'F5', 'F6', 'F7', 'F8', 'F9', 'F10', 'F11', 'F12', 'F13', 'F14', 'S1', 'S2', 'S3', 'S4'}
     said = (home/'said').read_text()
     assert 'rl-000002' in said and 'left' in said
     assert not list(run.dir.rglob('.*.safetensors')) and not list((run.dir/'.progress').glob('*'))
@@ -233,7 +233,7 @@ def test_all_tasks_run_the_whole_chain(home, run):
     done = rlheals('reproduce', '--profile', 'smoke', '--task', 'navigation,rank', '--task', 'determinant', cwd=home)
     assert done.returncode == 0, done.stdout + done.stderr
     after = stamps(run)
-    assert names(run, (p for p in before if after[p] != before[p])) == {f'figures/{f}.{e}' for f in ACROSS for e in ('png', 'svg', 'csv')}
+    assert names(run, (p for p in before if after[p] != before[p])) == {f'figures/{f}.{e}' for f in ACROSS if f not in EXTRA for e in ('png', 'svg', 'csv')}
     for task in ('navigation', 'rank', 'determinant'):
         other = Run('smoke', root=home/'runs', task_name=task)
         assert set(other.load(*evaluation_parts(other, 'rl'))['task']) == {task} and other.checkpoint('rl', 4).is_dir()
@@ -241,6 +241,20 @@ def test_all_tasks_run_the_whole_chain(home, run):
         assert json.loads((run.dir/'figures'/task/'F1.json').read_text())['tasks'] == [task]
     assert list(pd.read_csv(run.dir/'figures'/'F5.csv')['task'].unique()) == ['general_points', 'navigation', 'rank', 'determinant']
     assert 'nothing to do' in rlheals('reproduce', '--profile', 'smoke', cwd=home).stdout
+
+
+def test_figures_beyond_the_default_are_made_when_asked_for(home, run):
+    "S3 and S4 make the tables that they need, and nothing of them is there otherwise."
+    assert not list(run.dir.rglob('preserve-*.parquet')) and not run.table('warning').exists() and not any((run.dir/'figures'/f'{f}.png').exists() for f in ('S3', 'S4'))
+    before = stamps(run)
+    done = rlheals('reproduce', '--profile', 'smoke', '--figure', 'S3', '--figure', 'S4', cwd=home)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = {p for p, t in stamps(run).items() if before.get(p) != t}
+    assert names(run, made) == {*(f'tables/preserve-{m}.parquet' for m in run.config['preserve']['methods']), 'tables/warning.parquet', *(f'figures/{f}.{e}' for f in ('S3', 'S4') for e in ('png', 'svg', 'csv'))}
+    assert set(pd.read_csv(run.dir/'figures'/'S3.csv')['method']) == {'sft', *run.config['preserve']['methods']}
+    assert 'nothing to do' in rlheals('reproduce', '--profile', 'smoke', '--figure', 'S3', cwd=home).stdout
+    done = subprocess.run([sys.executable, '-m', 'papermill', str(ROOT/'nbs'/'paper'/'09_beyond.ipynb'), 'beyond.out.ipynb', '-p', 'profile', 'smoke'], cwd=home, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_seeds_are_independent_and_drawn_together(home, run):
