@@ -149,7 +149,7 @@ def save_ledger(
 ) -> Path:
     "Write `ledger.csv` (claims), `ledger_parts.csv`, `ledger.md`, `ledger.npz` (the arrays, episode by episode) and `ledger.json` (where they come from) beside the figures; the directory."
     folder, (claims, parts) = figures_dir(replace(run, task_name=HOME)), judge_tasks(data)
-    record = provenance(run, [p for t, n in seeds.items() for p in claim_inputs(run, n, [t])], 0, seeds) | dict(seeds={t: list(range(n)) for t, n in seeds.items()}, chooses=[0])
+    record = provenance(run, [p for t, n in seeds.items() for p in claim_inputs(run, n, [t])], seeds) | dict(chooses=[0])
     record['settings'] = {t: replace(run, task_name=t).config for t in seeds}
     for name, text in (('ledger.csv', claims.to_csv(index=False, lineterminator='\n')), ('ledger_parts.csv', parts.to_csv(index=False, float_format='%.6g', lineterminator='\n')),
                        ('ledger.md', markdown(claims)), ('ledger.json', json.dumps(record, indent=1, sort_keys=True) + '\n')):

@@ -262,6 +262,6 @@ def test_seeds_are_independent_and_drawn_together(home, run):
     assert done.returncode == 0, done.stdout + done.stderr
     second = Run('smoke', seed=1, root=home/'runs')
     assert (run.load('losses')['value'] != second.load('losses')['value']).any()
-    assert json.loads((run.dir/'figures'/'F1.json').read_text())['seeds'] == [0, 1]
+    assert json.loads((run.dir/'figures'/'F1.json').read_text())['seeds'] == dict(general_points=[0, 1])
     drawn = pd.read_csv(run.dir/'figures'/'F1.csv')
     assert set(drawn['seed']) == {'all', '0', '1'} and (drawn[drawn.seed == 'all'].seeds == 2).all()
