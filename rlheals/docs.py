@@ -33,6 +33,7 @@ def reading(
 ) -> str:
     "What the headline figure shows, in words, computed from its table."
     import pandas as pd
+    from rlheals.plots import BASELINES
     f1, f5 = (pd.read_csv(Path(folder)/f'{f}.csv').query("seed == 'all'") for f in ('F1', 'F5'))
     say = lambda d: f"{100 * d['mean']:.1f} % [{100 * d['low']:.1f}, {100 * d['high']:.1f}]"
     at = lambda split, task='general_points': {d['model']: d for d in f5[(f5.split == split) & (f5.task == task)].to_dict('records')}
@@ -40,11 +41,13 @@ def reading(
     up, down = (rl[(rl.excludes_0 == True) & (sign * rl.difference > 0)].checkpoint.astype(int).tolist() for sign in (1, -1))
     name = lambda steps: ', '.join(map(str, steps)) or 'none'
     peak, end, after = (ood[k] for k in ('SFT_MaxOOD', 'SFT_End', 'RL_End'))
+    others = ', '.join(f'{label} {say(ood[m])}' for m, (label, *_) in BASELINES.items() if m in ood)
+    without = f' As much training without RL ends at: {others}.' * bool(others)
     return (f"In the run whose figures are kept here ({peak['n'] // peak['seeds']} episodes per split, {peak['seeds']} seed{'s' * (peak['seeds'] > 1)}; "
             f"95 % intervals in brackets): OOD accuracy is highest after {peak['checkpoint']} steps of SFT, {say(peak)}, and {say(end)} after {end['checkpoint']}, "
             f"while ID accuracy goes from {say(id_['SFT_MaxOOD'])} to {say(id_['SFT_End'])}. RL from the last checkpoint ends at {say(after)} OOD. "
-            f"Starts from which RL raises OOD accuracy beyond the noise of its episodes: {name(up)}; lowers it: {name(down)} "
-            f"(of {name(rl.checkpoint.astype(int).tolist())}; not corrected for their number).")
+            f"Starts from which RL raises OOD accuracy beyond {'the noise of its episodes' if peak['seeds'] == 1 else 'chance'}: {name(up)}; lowers it: {name(down)} "
+            f"(of {name(rl.checkpoint.astype(int).tolist())}; not corrected for their number).{without}")
 
 def reading_of_tasks(
     folder,  # with the table behind F5
@@ -55,7 +58,7 @@ def reading_of_tasks(
     f5 = pd.read_csv(Path(folder)/'F5.csv').query("seed == 'all'").set_index(['task', 'split', 'model'])
     def say(task):
         percent = lambda split: ' to '.join(f"{100 * f5.loc[(task, split, m), 'mean']:.1f}" for m in ('SFT_MaxOOD', 'SFT_End', 'RL_End'))
-        return f"{TASK_NAMES.get(task, task)} (best step {f5.loc[(task, 'ood', 'SFT_MaxOOD'), 'checkpoint']}): OOD {percent('ood')} %, ID {percent('id')} %"
+        return f"{TASK_NAMES.get(task, task)} ({f5.loc[(task, 'ood', 'SFT_MaxOOD'), 'seeds']} seeds; best step {f5.loc[(task, 'ood', 'SFT_MaxOOD'), 'checkpoint']}): OOD {percent('ood')} %, ID {percent('id')} %".replace('(1 seeds', '(1 seed')
     others = [say(t) for t in f5.index.unique('task') if t != 'general_points']
     return others and 'From SFT_MaxOOD to SFT_End to RL_End. ' + '. '.join(others) + '.' or ''
 
