@@ -35,7 +35,7 @@ def _over_seeds(samples):  # mean, standard error, degrees of freedom
     means, n = np.array([np.mean(s) for s in samples]), len(samples)
     by_seeds = means.var(ddof=1)
     variance = max(by_seeds, np.mean([np.var(s, ddof=1) / len(s) if len(s) > 1 else 0. for s in samples]))  # of one seed's mean
-    return means.mean(), np.sqrt(variance / n), min(1e6, (n - 1) * (variance / max(by_seeds, 1e-16))**2)
+    return means.mean(), np.sqrt(variance / n), min(1e6, (n - 1) * (variance / by_seeds)**2) if by_seeds > 0 else 1e6
 
 def interval(
     samples: list,  # per seed, its episodes' values
