@@ -38,8 +38,8 @@ def claim_inputs(
 
 def seeds_there(run: Run) -> int:
     "How many seeds of the run's task, from 0 on, have all tables that a ledger needs."
-    n = 0
-    while all(replace(run, seed=n).table(name).exists() for t in NEEDS for name in TABLES[t](run)): n += 1
+    n, has = 0, lambda r: all(r.table(name).exists() for t in NEEDS for name in TABLES[t](r))
+    while has(replace(run, seed=n)): n += 1
     return n
 
 def command(run: Run, tasks, seeds: int) -> str:
