@@ -56,7 +56,7 @@ def _pictures(run, tasks, names, seeds):  # files of the figures asked for; of t
     if unknown := [n for n in names if n not in FIGURES]: raise ValueError(f"there is no figure {unknown[0]!r}: use one of {', '.join(FIGURES)}")
     here = replace(run, root=run.root.resolve())
     pictures = [str(chain.figures_dir(r, n)/f'{n}.png') for r in chain.variants(here, 1, tasks) for n in names]
-    tables = [os.path.relpath(f, here.dir) for r in chain.variants(here, 1, tasks) for n in names if n in EXTRA for f in chain.figure_inputs(r, n, seeds)]
+    tables = [os.path.relpath(f, here.dir) for r in chain.variants(here, seeds, tasks) for n in names if n in EXTRA for f in chain.tables_of(r, n)]
     return list(dict.fromkeys(pictures + tables))
 
 def _dry_run(run, seeds, targets, tasks, cores, console):
