@@ -7,11 +7,11 @@ __all__ = ['METHODS', 'budget', 'even', 'right_answers', 'conversations', 'more_
            'baseline_plan', 'baselines_stage']
 
 # %% ../nbs/13b_baselines.ipynb #5e89534b
-from .evaluate import evaluate
+from .evaluate import evaluate_run
 from .grpo import training_problems
 from .models import complete, load_model, merged, set_up_torch
 from .ppo import load_start
-from .profiles import Run
+from .profiles import Run, decisive
 from .rollout import answer_all
 from .sft import train_sft
 from .tasks import Episode, Task, examples, hash64
@@ -114,7 +114,7 @@ def _end(run, method, start):  # the model at the end of a baseline, made when c
     model, tok = load_model(run.checkpoint('sft', start), m['device'], m['dtype']) if method == 'interpolation' else load_start(run, start)
     first = load_model(run.checkpoint('sft', c['rl']['starts'][0]), m['device'], m['dtype'])[0] if method == 'interpolation' else None
     weights = [p.detach().double().sum().item() for x in (model, first) if x for p in x.parameters()]
-    key = hash64(seed, weights, *({k: v for k, v in c[s].items() if k not in ('threads', 'processes')} for s in ('task', 'model', 'lora', 'sft', 'rl', 'eval', 'baselines')))
+    key = hash64(seed, weights, *decisive(c, 'task', 'model', 'lora', 'sft', 'rl', 'eval', 'baselines').values())
     def make():
         if first: interpolate(model, first, c['baselines']['share']); return model, tok, []
         train = dict(further_sft=further_sft, rejection=rejection)[method]
@@ -135,7 +135,7 @@ def baselines_stage(
         part = run.path('partial', name)  # goes when the table is there
         if not part.exists():
             model, tok, kept = make()
-            seen = evaluate(model, tok, run.task(), max_new_tokens=c['model']['max_new_tokens'], **c['eval'], seed=run.seed)
+            seen = evaluate_run(run, model, tok)
             kept = pd.DataFrame([dict(split='train', problems='', episode=k, metric=m, value=float(v)) for k, m, v in kept])
             seen = pd.concat([seen, kept], ignore_index=True) if len(kept) else seen
             seen.insert(0, 'stage', method); seen.insert(1, 'checkpoint', start)

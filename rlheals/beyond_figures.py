@@ -8,7 +8,7 @@ __all__ = ['s3', 's4', 'preserve_reading', 'warning_reading']
 # %% ../nbs/17d_beyond_figures.ipynb #86a0af6e
 import numpy as np
 from .early_warning import METRICS, scores, traces
-from .plots import MUTED, OOD, SFT, figure, reach, rows, steps_axis, top_legend
+from .plots import MUTED, OOD, SFT, TASK_NAMES, figure, reach, rows, steps_axis, top_legend
 from .preserve import LEVELS, at_equal_id, method_name, parse_method
 
 # %% ../nbs/17d_beyond_figures.ipynb #6a037156
@@ -59,7 +59,7 @@ def s3(tables):
     return fig, pd.concat([gaps.assign(what='at_equal_id'), means.assign(what='path')], ignore_index=True)
 
 # %% ../nbs/17d_beyond_figures.ipynb #2645da72
-_TASKS = dict(general_points='GeneralPoints', navigation='Navigation', rank='Rank', determinant='Determinant', all='all tasks')
+_TASKS = TASK_NAMES | dict(all='all tasks')
 _RULES = {'best': ('o', '#222222', '#222222'), 'other seeds': ('o', '#882E72', '#882E72'), 'other tasks': ('D', '#882E72', 'white')}  # marker, edge, fill
 
 @figure('sft_evaluation', 'warning', across_tasks=True)

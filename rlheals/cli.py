@@ -52,11 +52,11 @@ def reproduce(
 
 def _pictures(run, tasks, names, seeds):  # files of the figures asked for; of those made on request also the tables behind them, which nothing else asks for
     from rlheals import chain
-    from rlheals.figures import EXTRA, FIGURES
+    from rlheals.figures import EXTRA, FIGURES, NEEDS
     if unknown := [n for n in names if n not in FIGURES]: raise ValueError(f"there is no figure {unknown[0]!r}: use one of {', '.join(FIGURES)}")
     here = replace(run, root=run.root.resolve())
     pictures = [str(chain.figures_dir(r, n)/f'{n}.png') for r in chain.variants(here, 1, tasks) for n in names]
-    tables = [os.path.relpath(f, here.dir) for r in chain.variants(here, seeds, tasks) for n in names if n in EXTRA for f in chain.tables_of(r, n)]
+    tables = [os.path.relpath(f, here.dir) for r in chain.variants(here, seeds, tasks) for n in names if n in EXTRA for f in chain.tables_of(r, NEEDS[n])]
     return list(dict.fromkeys(pictures + tables))
 
 def _dry_run(run, seeds, targets, tasks, cores, console):

@@ -142,7 +142,6 @@ def compare(
     say=print,  # takes one line of text
 ) -> dict:  # name -> DataFrame
     "Write tables (Parquet), figures (PNG, SVG, with their CSV) and the notebook `compare.ipynb` to a directory; the decompositions stay in its `svd/`."
-    import pandas as pd, torch
     given, out = dict(base=base, tuned=tuned) | (dict(donor=donor) if donor else {}), Path(out)
     device, prompts = pick_device(device), prompts or PROMPTS
     rank_of_share(share, 1)

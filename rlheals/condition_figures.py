@@ -9,7 +9,7 @@ __all__ = ['starts_and_ends', 'condition_changes', 's2', 'reading_of_conditions'
 import numpy as np
 from .conditions import CONDITIONS
 from .plots import BASELINES, MUTED, RL, SFT, SPLITS, curve, figure, percent_axis, reach, rows, steps_axis, top_legend, with_seeds
-from .stats import differences, summarise
+from .stats import differences
 
 # %% ../nbs/17c_condition_figures.ipynb #a6652275
 def starts_and_ends(tables):

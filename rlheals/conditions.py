@@ -10,11 +10,11 @@ __all__ = ['CONDITIONS', 'Condition', 'conditions_of', 'halved', 'Nested', 'cond
 import copy, os, shutil
 from dataclasses import dataclass
 from pathlib import Path
-from .evaluate import evaluate, evaluation_parts
+from .evaluate import evaluate_run, evaluation_parts
 from .grpo import grpo_stage
 from .models import load_model, set_up_torch
 from .ppo import rl_stage
-from .profiles import CONDITIONS as NAMES, Run
+from .profiles import Run, decisive
 from .sft import sft_stage
 from .tasks import Task, hash64
 
@@ -107,7 +107,7 @@ def made_already(
     "The starts from which the run itself does what the condition asks for."
     inside, sft = condition_run(run, name)
     stage = CONDITIONS[name].stage
-    same = lambda s: all(inside.config[s][k] == v for k, v in run.config[s].items() if k not in ('threads', 'processes', 'starts'))
+    def same(s): a, b = (decisive(r.config, s)[s] | dict(starts=None) for r in (run, inside)); return a == b
     return [s for s in run.config['conditions']['starts'] if sft is None and inside.half < 0 and same(stage) and same('task') and s in run.config[stage]['starts']]
 
 def condition_inputs(
@@ -135,8 +135,8 @@ def _sft_of(run, inside, sft):  # the SFT checkpoints of a condition: made where
         link.symlink_to(os.path.relpath(there.resolve(), link.parent.resolve()), target_is_directory=True)
 
 def _seen(run, model_path, stage, step):  # a checkpoint on the run's own problems, by its own rules
-    c, m = run.config, run.config['model']
-    table = evaluate(*load_model(model_path, m['device'], m['dtype']), run.task(), max_new_tokens=m['max_new_tokens'], **c['eval'], seed=run.seed)
+    m = run.config['model']
+    table = evaluate_run(run, *load_model(model_path, m['device'], m['dtype']))
     table.insert(0, 'stage', stage); table.insert(1, 'checkpoint', step)
     return table
 

@@ -54,11 +54,12 @@ def reading_of_tasks(
 ) -> str:
     "What F5 shows of the tasks beside GeneralPoints, in words, computed from its table; empty where it has only that."
     import pandas as pd
-    from rlheals.figures import TASK_NAMES
+    from rlheals.plots import TASK_NAMES
     f5 = pd.read_csv(Path(folder)/'F5.csv').query("seed == 'all'").set_index(['task', 'split', 'model'])
     def say(task):
         percent = lambda split: ' to '.join(f"{100 * f5.loc[(task, split, m), 'mean']:.1f}" for m in ('SFT_MaxOOD', 'SFT_End', 'RL_End'))
-        return f"{TASK_NAMES.get(task, task)} ({f5.loc[(task, 'ood', 'SFT_MaxOOD'), 'seeds']} seeds; best step {f5.loc[(task, 'ood', 'SFT_MaxOOD'), 'checkpoint']}): OOD {percent('ood')} %, ID {percent('id')} %".replace('(1 seeds', '(1 seed')
+        best = f5.loc[(task, 'ood', 'SFT_MaxOOD')]
+        return f"{TASK_NAMES.get(task, task)} ({best['seeds']} seed{'s' * (best['seeds'] > 1)}; best step {best['checkpoint']}): OOD {percent('ood')} %, ID {percent('id')} %"
     others = [say(t) for t in f5.index.unique('task') if t != 'general_points']
     return others and 'From SFT_MaxOOD to SFT_End to RL_End. ' + '. '.join(others) + '.' or ''
 

@@ -149,7 +149,6 @@ def shared_start(
 
 @lru_cache(maxsize=1)
 def _growing_layer():
-    import torch
     from transformers.cache_utils import DynamicLayer
 
     class GrowingLayer(DynamicLayer):

@@ -9,13 +9,12 @@ __all__ = ['KINDS', 'LEVELS', 'rotation_penalty', 'start_penalty', 'parse_method
 # %% ../nbs/16c_preserve.ipynb #312aecbd
 import shutil
 import numpy as np
-from .evaluate import evaluate
+from .evaluate import evaluate_run
 from .models import add_lora, is_lora, load_model, save_model, set_up_torch
 from .profiles import Run
-from .sft import train_sft
+from .sft import sft_data, train_sft
 from .spectra import full_precision, rank_of_share, svd
-from .tasks import examples, hash64
-from .views import as_dataset
+from .tasks import hash64
 from .weights import parse_name
 
 # %% ../nbs/16c_preserve.ipynb #36658465
@@ -86,11 +85,9 @@ def train_preserving(
     model, tok = load_model(run.base, c['model']['device'], c['model']['dtype'])
     penalty = dict(rpsft=lambda: rotation_penalty(model, c['preserve']['share'], value), l2=lambda: start_penalty(model, value)).get(kind, lambda: None)()
     if kind == 'lora': model = add_lora(model, int(value), 2 * value, seed=run.seed)
-    task, chat, s = run.task(), bool(tok.chat_template), c['sft']
-    train, test = (examples(task, split, n, run.seed) for split, n in (('train', s['examples']), ('id', s['test_examples'])))
-    tests = {k: as_dataset(task, p[:s['test_examples']], chat) for k, p in (('train', train), ('id', test))}
-    settings = s | dict(checkpoints=list(steps), max_steps=max_steps or s['max_steps'])
-    return train_sft(model, tok, as_dataset(task, train, chat), tests, settings, hash64(run.seed, 'sft') % 2**31, lambda step, m: keep(step, m, tok), progress, penalty)
+    _, train, tests = sft_data(run, tok, ('id',))
+    settings = c['sft'] | dict(checkpoints=list(steps), max_steps=max_steps or c['sft']['max_steps'])
+    return train_sft(model, tok, train, tests, settings, hash64(run.seed, 'sft') % 2**31, lambda step, m: keep(step, m, tok), progress, penalty)
 
 def preserve_stage(
     run: Run,
@@ -109,7 +106,7 @@ def preserve_stage(
         set_up_torch(c['eval']['threads'])
         for i, step in enumerate(steps):
             model, tok = load_model(home/f'{step:06d}', m['device'], m['dtype'])
-            tables.append(evaluate(model, tok, run.task(), max_new_tokens=m['max_new_tokens'], **c['eval'], seed=run.seed).assign(stage='sft', checkpoint=step))
+            tables.append(evaluate_run(run, model, tok).assign(stage='sft', checkpoint=step))
             progress(total - 20 * (len(steps) - 1 - i), total)
     finally: shutil.rmtree(home, ignore_errors=True)
     table = pd.concat(tables, ignore_index=True)[['stage', 'checkpoint', 'split', 'problems', 'episode', 'metric', 'value']]
@@ -125,11 +122,11 @@ def try_methods(
     "ID accuracy and losses of short trainings, to choose weights by: DataFrame method, checkpoint, id, train_loss, id_loss. No OOD problem is looked at."
     import pandas as pd
     from rlheals.models import merged
-    rows, c = [], run.config
+    rows = []
     for method in methods:
         accuracy = {}
         def look(step, model, tok):
-            e = evaluate(merged(model).eval(), tok, run.task(), ('id',), max_new_tokens=c['model']['max_new_tokens'], **c['eval'], seed=run.seed)
+            e = evaluate_run(run, merged(model).eval(), tok, ('id',))
             accuracy[step] = e[e.metric == 'success'].value.mean()
             model.train()
         losses = train_preserving(run, method, steps, look, max_steps=max(steps)).pivot(index='checkpoint', columns='split', values='value')

@@ -10,7 +10,6 @@ __all__ = ['PARTS', 'full_precision', 'svd', 'spectrum', 'decompose', 'At', 'dec
 
 # %% ../nbs/15_spectra.ipynb #cf9c0ea8
 import hashlib
-from collections import namedtuple
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -174,7 +173,6 @@ def rotation_split(
     basis=None,  # `svd(W, dtype)`, where it is at hand
 ) -> dict[str, float]:  # shares of the update's squared Frobenius norm, adding up to 1; NaN if nothing changed
     "How an update divides into scaling and rotation inside the leading subspaces, crossing out of them, and the rest (PAPER: the analysis of the weights)."
-    import torch
     if W.shape != W_new.shape: raise ValueError(f'the matrices are {tuple(W.shape)} and {tuple(W_new.shape)}: an update needs two of one shape')
     U, _, Vt = basis or svd(W, dtype)
     dW = W_new.to(U.dtype) - W.to(U.dtype)

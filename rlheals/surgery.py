@@ -9,7 +9,7 @@ __all__ = ['TAKES', 'PLACES', 'SWEEPS', 'join', 'chosen', 'splice', 'polar', 'sp
 
 # %% ../nbs/16_surgery.ipynb #0770badf
 from dataclasses import replace
-from .evaluate import evaluate, evaluation_parts
+from .evaluate import evaluate_run, evaluation_parts
 from .models import load_model, pick_device, save_model, set_up_torch
 from .profiles import EDITS, Run
 from .spectra import decompose, full_precision, principal_angles, rank_of_share, svd
@@ -315,7 +315,7 @@ def surgery_stage(
         if edit not in seen or edit in EDITS:
             model.load_state_dict(donor if edit == 'donor' else target)
             if edit in EDITS: model.load_state_dict(surgery.edit(**what, seed=run.seed), strict=False)
-            seen[edit] = evaluate(model, tok, run.task(), max_new_tokens=m['max_new_tokens'], **c['eval'], seed=run.seed)
+            seen[edit] = evaluate_run(run, model, tok)
         where = 'all' if b is None else str(b[0]) if len(b) == 1 else f'{b[0]}-{b[-1]}'
         by = dict(sweep=sweep, edit=what['edit']) if sweep != 'seed' else dict(sweep='rank' if b is None else 'layers', edit='other_seed')
         table = seen[edit].copy()

@@ -9,7 +9,7 @@ __all__ = ['STEPS', 'WORLD', 'Design', 'DESIGNS', 'navigation', 'Runs', 'as_tabl
 # %% ../nbs/18c_trials.ipynb #0adec05d
 from collections import namedtuple
 import numpy as np
-from .claims import ALPHA, CLAIMS, judge
+from .claims import CLAIMS, judge
 
 # %% ../nbs/18c_trials.ipynb #c9559ac1
 STEPS = np.array([0, 90, 140, 200, 300, 400, 500, 600, 700, 800, 900, 1000, 1100, 1200, 1300, 1400, 1500, 1600])

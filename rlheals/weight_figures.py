@@ -99,7 +99,7 @@ def _follows(late):  # Spearman's rank correlation of OOD accuracy and rotation:
 @figure('rotation', 'sft_evaluation')
 def f9(tables):
     "OOD accuracy of the SFT checkpoints against the mean principal angle of their leading singular subspaces, from the base and from SFT_MaxOOD (star; bars: 95 % intervals of both; thin: seeds; faint: before SFT_MaxOOD). Written: rank correlation after SFT_MaxOOD, mean over seeds and 95 % interval."
-    import matplotlib.pyplot as plt, pandas as pd
+    import matplotlib.pyplot as plt
     e = rows(tables['sft_evaluation'], 'sft_evaluation', stage='sft', split='ood', metric='success')
     peak, accuracy = landmarks(e)['max_ood'], summarise(e, 'checkpoint')
     turned = tables['rotation'].groupby(['origin', 'checkpoint', 'seed'])['value'].mean().reset_index()

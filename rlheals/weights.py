@@ -109,7 +109,6 @@ def _gguf(path, changed):
     return out, config.to_dict()
 
 def _adapter(path, base):
-    import torch
     c = json.loads((path/'adapter_config.json').read_text())
     unfit = [f'{k}={v!r}' for k, v in c.items() if (k in ('use_dora', 'fan_in_fan_out', 'rank_pattern', 'alpha_pattern', 'modules_to_save', 'layer_replication') and v) or (k == 'peft_type' and v != 'LORA')]
     if unfit: raise ValueError(f'the adapter {str(path)!r} has {", ".join(unfit)}: merge it into its base with peft (merge_and_unload) and give the merged model')
