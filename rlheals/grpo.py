@@ -10,7 +10,7 @@ import tempfile
 import numpy as np
 from .models import set_up_torch
 from .ppo import keep_end, load_start
-from .profiles import Run
+from .profiles import Run, tracker
 from .tasks import Task, hash64, seeded, steps
 
 # %% ../nbs/12_grpo.ipynb #70be7ee7
@@ -33,6 +33,7 @@ def train_grpo(
     max_new_tokens: int,
     seed: int = 0,
     progress=lambda done, total: None,  # called after each update
+    track=None,  # takes a step and a dict of what to follow there (see `tracker`)
 ):
     "GRPO in place; the log: one row per update and metric."
     import pandas as pd
@@ -61,6 +62,7 @@ def train_grpo(
                        clip_fraction=logs['clip_ratio/region_mean'], gradient_norm=float(logs['grad_norm']), response_tokens=logs['completions/mean_length'],
                        learning_rate=logs['learning_rate'], policy_loss=logs['loss'], **{f'reward_{k}': sum(v.parts.get(k, 0.) for v in said) / len(said) for k in sorted({k for v in said for k in v.parts})})
             rows.extend(dict(update=update, metric=k, value=v) for k, v in got.items())
+            if track: track(state.global_step, got)
 
         def on_step_end(self, args, state, control, **kw):
             if state.global_step % per_update == 0: progress(state.global_step // per_update, c['updates'])
@@ -87,6 +89,7 @@ def grpo_stage(
     c = run.config
     set_up_torch(c['grpo']['threads'], seed=run.seed)
     model, tok = load_start(run, start)
-    log = train_grpo(model, tok, run.task(), c['grpo'], c['model']['max_new_tokens'], hash64(run.seed, 'grpo', start) % 2**31, progress)
+    with tracker(run, f'grpo-{start:06d}') as track:
+        log = train_grpo(model, tok, run.task(), c['grpo'], c['model']['max_new_tokens'], hash64(run.seed, 'grpo', start) % 2**31, progress, track)
     keep_end(run, 'grpo', start, model, tok, grpo=log)
     return log

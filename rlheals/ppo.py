@@ -11,7 +11,7 @@ import copy, math, time
 from pathlib import Path
 import numpy as np
 from .models import add_lora, complete, encode, is_lora, load_model, processes, save_model, set_up_torch, shared_start
-from .profiles import Run, launch
+from .profiles import Run, launch, tracker
 from .rollout import answer_all, vllm_engine
 from .tasks import Episode, Task, hash64, seeded, steps
 
@@ -197,6 +197,7 @@ def train_ppo(
     seed: int = 0,
     progress=lambda done, total: None,  # called after each update
     state_file=None,  # where the state is kept after each update; a run that finds it there goes on from it
+    track=None,  # takes an update and a dict of what to follow there (see `tracker`)
 ):
     "PPO in place: (log: one row per update and metric, advantages: one row per action)."
     import pandas as pd, torch
@@ -248,6 +249,7 @@ def train_ppo(
         schedule.step()
         row |= pd.DataFrame(stats).mean().to_dict()
         log += [dict(update=update, metric=k, value=v) for k, v in row.items()]
+        if track and us.is_main_process: track(update, row)
         actions += [dict(update=update, turn=t, reward=r, value_estimate=v, advantage=a, normalised=n) for t, r, v, a, n in
                     zip(b['attempt'], *(b[k].tolist() for k in ('reward', 'value', 'advantage', 'normalised')))]
         if state_file and update + 1 < c['updates']:
@@ -308,7 +310,8 @@ def rl_stage(
     state_file = run.path('partial', f'{name}.pt')  # goes when the checkpoint is there
     ticks = [time.perf_counter()]
     def tick(done, total): ticks.append(time.perf_counter()); progress(done, total)
-    log, actions = train_ppo(model, tok, run.task(), c['rl'], c['model']['max_new_tokens'], hash64(run.seed, 'rl', start) % 2**31, tick, state_file)
+    with tracker(run, name) as track:
+        log, actions = train_ppo(model, tok, run.task(), c['rl'], c['model']['max_new_tokens'], hash64(run.seed, 'rl', start) % 2**31, tick, state_file, track)
     if processes().is_main_process:
         keep_end(run, 'rl', start, model, tok, rl=log, advantages=actions)
         state_file.unlink(missing_ok=True)

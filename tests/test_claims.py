@@ -1,5 +1,5 @@
 """The ledger: silent where there is nothing, the same from tables as from arrays, and what `rlheals claims` says."""
-import json, shutil, subprocess
+import json, re, shutil, subprocess
 from pathlib import Path
 import pandas as pd
 import pytest
@@ -150,3 +150,20 @@ def test_what_is_published_is_what_the_command_wrote():
     text = markdown(pd.read_csv(path))
     assert (ROOT/'figures'/'ledger.md').read_text() == text and text.strip() in (ROOT/'README.md').read_text()
     assert markdown(judge_tasks(read_published(Run('tiny', root=ROOT/'runs')))[0]) == text
+
+@pytest.mark.parametrize('page', ['README.md', 'nbs/gallery.ipynb'])
+def test_verdicts_beside_the_figures_are_the_commands(page):
+    "README and gallery say of each claim, under each figure that bears on it, what `rlheals claims` finds in the episodes beside the figures."
+    from rlheals.gallery import BEARS_ON
+    from rlheals.plots import TASK_NAMES
+    text = (ROOT/page).read_text()
+    if page.endswith('ipynb'): text = '\n'.join(''.join(o['data']['text/markdown']) for c in json.loads(text)['cells'] for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {}))
+    found = judge_tasks(read_published(Run('tiny', root=ROOT/'runs')))[0].set_index(['claim', 'task'])['verdict']
+    said = 0
+    for part in re.split(r'^### ', text, flags=re.M)[1:]:
+        figure = part.split(':')[0]
+        for claim, verdicts in re.findall(r'\*\*(C\d+)\*\* \([^)]*\): ([^.;]*)', part):
+            assert claim in BEARS_ON[figure]
+            assert verdicts == ', '.join(f'{TASK_NAMES[t]} {v}' for t, v in found[claim].items()), (figure, claim)
+            said += 1
+    assert said == sum(map(len, BEARS_ON.values()))
