@@ -8,14 +8,15 @@ __all__ = ['ROOT', 'PARTS', 'STYLE', 'Page', 'read_page', 'read_pages', 'Site', 
            'entries', 'parameters', 'signature', 'entry_text', 'api_pages', 'public_names', 'figures_text',
            'navigation', 'settings', 'broken_links', 'SiteError', 'write_site', 'build_site']
 
-# %% ../nbs/20b_site.ipynb #076db2f9
+# %% ../nbs/20b_site.ipynb #950bd6fa
 import ast, re, symtable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from .chain import PAPER
+from .models import ASSETS
 
-# %% ../nbs/20b_site.ipynb #36936455
+# %% ../nbs/20b_site.ipynb #fa325aff
 ROOT = PAPER.parents[1]  # of the repository
 
 @dataclass
@@ -52,7 +53,7 @@ def read_pages(
     others = sorted(p for p in nbs.glob('*.ipynb') if p not in chapters and p.stem != 'index')
     return [read_page(p, root) for p in [nbs/'index.ipynb', *chapters, *chain, *others]]
 
-# %% ../nbs/20b_site.ipynb #f24287ad
+# %% ../nbs/20b_site.ipynb #0ef5359a
 @dataclass
 class Site:
     "What the pages of a site share."
@@ -90,7 +91,7 @@ def relative(
     import posixpath
     return posixpath.relpath(to, posixpath.dirname(here) or '.')
 
-# %% ../nbs/20b_site.ipynb #08046ea7
+# %% ../nbs/20b_site.ipynb #f44e6c8e
 _TOKEN = re.compile(r'''(?P<block>^(?P<f>```+|~~~+).*?^(?P=f)\s*$)
                       | (?P<open>\]\(|\b(?:src|href)=")(?P<to>[^)"\s]+)(?P<close>[)"])
                       | (?<!\[)`(?P<code>[^`\n]+)`(?!\])
@@ -128,7 +129,7 @@ def _module_of(name, site, page):
 
 def _in_heading(text, where): return text[text.rfind('\n', 0, where) + 1:].startswith('#')
 
-# %% ../nbs/20b_site.ipynb #675120ed
+# %% ../nbs/20b_site.ipynb #1cbccd0f
 def is_shown(
     cell,  # of a `Page`
 ) -> bool:
@@ -197,7 +198,7 @@ def _tree(source):  # None for a cell with magics
     try: return ast.parse(source)
     except SyntaxError: return None
 
-# %% ../nbs/20b_site.ipynb #1affced3
+# %% ../nbs/20b_site.ipynb #0f237318
 @lru_cache(maxsize=None)
 def used(
     source: str,  # code
@@ -227,7 +228,7 @@ def commands(
     words = (w.value for n in ast.walk(_tree(source) or ast.parse('')) if isinstance(n, ast.Call) for es in first(n) for w in es[:2] if isinstance(w, ast.Constant))
     return frozenset(w for w in words if isinstance(w, str))
 
-# %% ../nbs/20b_site.ipynb #bf685f0c
+# %% ../nbs/20b_site.ipynb #f62341c4
 def find_example(
     name: str,
     module: str,  # that has it
@@ -251,7 +252,7 @@ def find_example(
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith('test') and works(code := ast.unparse(node)): return file, ast.get_source_segment(source, node)
 
-# %% ../nbs/20b_site.ipynb #118c63be
+# %% ../nbs/20b_site.ipynb #18462c24
 @dataclass
 class Entry:
     "A public function or class."
@@ -320,7 +321,7 @@ def signature(
     elif any(ast.unparse(d) in ('property', 'cached_property') for d in node.decorator_list): return entry.name + (f' -> {ast.unparse(node.returns)}' if node.returns else '')
     else: head, end = entry.name, f' -> {ast.unparse(node.returns)}' if node.returns else ''
     line = f"{head}({', '.join(words)}){end}"
-    return line if len(line) <= 100 else f'{head}(\n    ' + ',\n    '.join(words) + f',\n){end}'
+    return line if len(line) <= 84 else f'{head}(\n    ' + ',\n    '.join(words) + f',\n){end}'
 
 def entry_text(
     entry: Entry,
@@ -348,7 +349,7 @@ def entry_text(
     out += [entry_text(m, site, tests, level + 1) for m in entry.methods]
     return '\n\n'.join(filter(None, out))
 
-# %% ../nbs/20b_site.ipynb #51e9cd37
+# %% ../nbs/20b_site.ipynb #fcefa08e
 def api_pages(
     site: Site,
 ) -> dict[str, str]:
@@ -378,7 +379,7 @@ def public_names(
         for e in entries(p.module) if p.module else []: out.setdefault(e.name, []).append(p.module)
     return out
 
-# %% ../nbs/20b_site.ipynb #344f0e56
+# %% ../nbs/20b_site.ipynb #94718ed4
 def figures_text(
     site: Site,  # gets the files
 ) -> str:
@@ -387,7 +388,7 @@ def figures_text(
     from rlheals.plots import TASK_NAMES
     folder, out = site.root/'figures', ['# Figures']
     number = lambda p: (p.stem[0], int(p.stem[1:])) if p.stem[1:].isdigit() else ('~', 0)
-    for d in [folder, *sorted(p for p in folder.iterdir() if p.is_dir())]:
+    for d in [folder, *sorted((p for p in folder.iterdir() if p.is_dir()), key=lambda p: [*TASK_NAMES, p.name].index(p.name))]:
         out.append(f"## {TASK_NAMES.get(d.name if d != folder else 'general_points', d.name)}")
         for picture in sorted(d.glob('*.png'), key=number):
             links = [f'[{kind}]({place(site, f)})' for f in sorted(picture.parent.glob(picture.stem + '.*')) if (kind := f.suffix[1:].upper()) and f != picture]
@@ -395,7 +396,7 @@ def figures_text(
             out += [f'### {picture.stem}', says, f'![{picture.stem}]({place(site, picture)})', 'Also as ' + ', '.join(links) + '\n{ .from }']
     return '\n\n'.join(filter(None, out)) + '\n'
 
-# %% ../nbs/20b_site.ipynb #75515129
+# %% ../nbs/20b_site.ipynb #6505036d
 PARTS = {'00': 'Tasks', '06': 'Models and runs', '09': 'Training', '13': 'Evaluation', '14b': 'Weights and states', '16c': 'Beyond the paper',
          '17': 'Figures', '18b': 'Claims', '19': 'The whole'}  # number of the first chapter -> name of the part
 
@@ -417,14 +418,15 @@ def navigation(
             {'Figures': 'figures.md'}, {'API': ['api/index.md', *modules]}]
 
 STYLE = """
-.md-grid { max-width: 72rem; }
+.md-grid { max-width: 80rem; }
 .md-typeset .from { font-size: .62rem; opacity: .75; margin-top: -.4em; }
 .md-typeset .example { font-weight: 600; margin-bottom: -.4em; }
 .md-typeset .output pre > code { background: none; border-left: .15rem solid var(--md-default-fg-color--lightest); max-height: 30rem; }
 .md-typeset div.output { overflow-x: auto; font-size: .64rem; }
 .md-typeset table.dataframe { border-collapse: collapse; }
 .md-typeset table.dataframe :is(th, td) { padding: .2em .8em; text-align: right; white-space: nowrap; border-bottom: .05rem solid var(--md-default-fg-color--lightest); }
-.md-typeset table:not([class]) td > code { white-space: normal; }
+.md-typeset table:not([class]) td:first-child code { white-space: nowrap; word-break: keep-all; }
+.md-typeset thead:not(:has(th:not(:empty))) { display: none; }
 .md-typeset .formula math[display=block] { margin: 1em 0; font-size: 1.1em; }
 [data-md-color-scheme=slate] .md-typeset img { background: white; border-radius: .2rem; }
 """
@@ -448,7 +450,7 @@ def settings(
         markdown_extensions=['tables', 'attr_list', 'pymdownx.superfences', 'pymdownx.highlight', 'pymdownx.magiclink']), sort_keys=False, width=200)
     return text + '- toc:\n    permalink: true\n    toc_depth: 3\n    slugify: !!python/object/apply:pymdownx.slugs.slugify {kwds: {case: none}}\n'  # anchors as Jupyter makes them
 
-# %% ../nbs/20b_site.ipynb #ce009773
+# %% ../nbs/20b_site.ipynb #1ccde6ee
 def broken_links(
     folder,  # with HTML
 ) -> list[tuple]:
@@ -479,7 +481,7 @@ def broken_links(
             elif target.suffix == '.html' and unquote(to.fragment) not in read(target).anchors: out.append((name, link, 'no such anchor'))
     return out
 
-# %% ../nbs/20b_site.ipynb #b460f242
+# %% ../nbs/20b_site.ipynb #c87a9b6a
 class SiteError(RuntimeError):
     "The site could not be built."
 
@@ -494,7 +496,7 @@ def write_site(
     site = Site(pages, public_names(pages), {}, Path(root))
     apis = api_pages(site)
     site.files |= {p.to: page_text(p, site) for p in pages} | apis | {'figures.md': figures_text(site), 'assets/style.css': STYLE,
-                   'assets/iframe-worker.js': (Path(__file__).parent/'assets'/'site'/'iframe-worker.js').read_text()}  # search in pages opened as files
+                   'assets/iframe-worker.js': (ASSETS/'site'/'iframe-worker.js').read_text()}  # search in pages opened as files
     build = Path(build).resolve()
     shutil.rmtree(build/'pages', ignore_errors=True)
     for name, content in site.files.items():
