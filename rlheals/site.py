@@ -8,7 +8,7 @@ __all__ = ['ROOT', 'PARTS', 'STYLE', 'Page', 'read_page', 'read_pages', 'Site', 
            'entries', 'parameters', 'signature', 'entry_text', 'api_pages', 'public_names', 'figures_text',
            'navigation', 'settings', 'broken_links', 'SiteError', 'write_site', 'build_site']
 
-# %% ../nbs/20b_site.ipynb #950bd6fa
+# %% ../nbs/20b_site.ipynb #17ca139d
 import ast, re, symtable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +16,7 @@ from pathlib import Path
 from .chain import PAPER
 from .models import ASSETS
 
-# %% ../nbs/20b_site.ipynb #fa325aff
+# %% ../nbs/20b_site.ipynb #6e322d51
 ROOT = PAPER.parents[1]  # of the repository
 
 @dataclass
@@ -53,7 +53,7 @@ def read_pages(
     others = sorted(p for p in nbs.glob('*.ipynb') if p not in chapters and p.stem != 'index')
     return [read_page(p, root) for p in [nbs/'index.ipynb', *chapters, *chain, *others]]
 
-# %% ../nbs/20b_site.ipynb #0ef5359a
+# %% ../nbs/20b_site.ipynb #014a992f
 @dataclass
 class Site:
     "What the pages of a site share."
@@ -91,7 +91,7 @@ def relative(
     import posixpath
     return posixpath.relpath(to, posixpath.dirname(here) or '.')
 
-# %% ../nbs/20b_site.ipynb #f44e6c8e
+# %% ../nbs/20b_site.ipynb #7b3e112a
 _TOKEN = re.compile(r'''(?P<block>^(?P<f>```+|~~~+).*?^(?P=f)\s*$)
                       | (?P<open>\]\(|\b(?:src|href)=")(?P<to>[^)"\s]+)(?P<close>[)"])
                       | (?<!\[)`(?P<code>[^`\n]+)`(?!\])
@@ -129,7 +129,7 @@ def _module_of(name, site, page):
 
 def _in_heading(text, where): return text[text.rfind('\n', 0, where) + 1:].startswith('#')
 
-# %% ../nbs/20b_site.ipynb #1cbccd0f
+# %% ../nbs/20b_site.ipynb #da76f2a6
 def is_shown(
     cell,  # of a `Page`
 ) -> bool:
@@ -198,7 +198,7 @@ def _tree(source):  # None for a cell with magics
     try: return ast.parse(source)
     except SyntaxError: return None
 
-# %% ../nbs/20b_site.ipynb #0f237318
+# %% ../nbs/20b_site.ipynb #7a25c527
 @lru_cache(maxsize=None)
 def used(
     source: str,  # code
@@ -228,7 +228,7 @@ def commands(
     words = (w.value for n in ast.walk(_tree(source) or ast.parse('')) if isinstance(n, ast.Call) for es in first(n) for w in es[:2] if isinstance(w, ast.Constant))
     return frozenset(w for w in words if isinstance(w, str))
 
-# %% ../nbs/20b_site.ipynb #f62341c4
+# %% ../nbs/20b_site.ipynb #85600e34
 def find_example(
     name: str,
     module: str,  # that has it
@@ -252,7 +252,7 @@ def find_example(
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith('test') and works(code := ast.unparse(node)): return file, ast.get_source_segment(source, node)
 
-# %% ../nbs/20b_site.ipynb #18462c24
+# %% ../nbs/20b_site.ipynb #b6b93a18
 @dataclass
 class Entry:
     "A public function or class."
@@ -349,7 +349,7 @@ def entry_text(
     out += [entry_text(m, site, tests, level + 1) for m in entry.methods]
     return '\n\n'.join(filter(None, out))
 
-# %% ../nbs/20b_site.ipynb #fcefa08e
+# %% ../nbs/20b_site.ipynb #8632fd62
 def api_pages(
     site: Site,
 ) -> dict[str, str]:
@@ -379,7 +379,7 @@ def public_names(
         for e in entries(p.module) if p.module else []: out.setdefault(e.name, []).append(p.module)
     return out
 
-# %% ../nbs/20b_site.ipynb #94718ed4
+# %% ../nbs/20b_site.ipynb #1ab4cd15
 def figures_text(
     site: Site,  # gets the files
 ) -> str:
@@ -388,15 +388,15 @@ def figures_text(
     from rlheals.plots import TASK_NAMES
     folder, out = site.root/'figures', ['# Figures']
     number = lambda p: (p.stem[0], int(p.stem[1:])) if p.stem[1:].isdigit() else ('~', 0)
-    for d in [folder, *sorted((p for p in folder.iterdir() if p.is_dir()), key=lambda p: [*TASK_NAMES, p.name].index(p.name))]:
-        out.append(f"## {TASK_NAMES.get(d.name if d != folder else 'general_points', d.name)}")
+    for d in [folder, *sorted((p for p in folder.iterdir() if p.is_dir() and any(p.glob('*.png'))), key=lambda p: [*TASK_NAMES, p.name].index(p.name))]:
+        out.append(f"## {TASK_NAMES.get(d.name if d != folder else 'general_points', d.name.title())}")
         for picture in sorted(d.glob('*.png'), key=number):
             links = [f'[{kind}]({place(site, f)})' for f in sorted(picture.parent.glob(picture.stem + '.*')) if (kind := f.suffix[1:].upper()) and f != picture]
             says = FIGURES[picture.stem].__doc__ if picture.stem in FIGURES else ''
             out += [f'### {picture.stem}', says, f'![{picture.stem}]({place(site, picture)})', 'Also as ' + ', '.join(links) + '\n{ .from }']
     return '\n\n'.join(filter(None, out)) + '\n'
 
-# %% ../nbs/20b_site.ipynb #6505036d
+# %% ../nbs/20b_site.ipynb #0d51cc0b
 PARTS = {'00': 'Tasks', '06': 'Models and runs', '09': 'Training', '13': 'Evaluation', '14b': 'Weights and states', '16c': 'Beyond the paper',
          '17': 'Figures', '18b': 'Claims', '19': 'The whole'}  # number of the first chapter -> name of the part
 
@@ -419,6 +419,7 @@ def navigation(
 
 STYLE = """
 .md-grid { max-width: 80rem; }
+.md-typeset pre > code { font-size: .78em; }
 .md-typeset .from { font-size: .62rem; opacity: .75; margin-top: -.4em; }
 .md-typeset .example { font-weight: 600; margin-bottom: -.4em; }
 .md-typeset .output pre > code { background: none; border-left: .15rem solid var(--md-default-fg-color--lightest); max-height: 30rem; }
@@ -450,7 +451,7 @@ def settings(
         markdown_extensions=['tables', 'attr_list', 'pymdownx.superfences', 'pymdownx.highlight', 'pymdownx.magiclink']), sort_keys=False, width=200)
     return text + '- toc:\n    permalink: true\n    toc_depth: 3\n    slugify: !!python/object/apply:pymdownx.slugs.slugify {kwds: {case: none}}\n'  # anchors as Jupyter makes them
 
-# %% ../nbs/20b_site.ipynb #1ccde6ee
+# %% ../nbs/20b_site.ipynb #7a7f7a7f
 def broken_links(
     folder,  # with HTML
 ) -> list[tuple]:
@@ -481,7 +482,7 @@ def broken_links(
             elif target.suffix == '.html' and unquote(to.fragment) not in read(target).anchors: out.append((name, link, 'no such anchor'))
     return out
 
-# %% ../nbs/20b_site.ipynb #c87a9b6a
+# %% ../nbs/20b_site.ipynb #d268240f
 class SiteError(RuntimeError):
     "The site could not be built."
 
