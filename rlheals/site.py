@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ROOT', 'PARTS', 'STYLE', 'Page', 'read_page', 'read_pages', 'Site', 'place', 'fence', 'relative', 'prose', 'is_shown',
            'is_exported', 'outputs', 'page_text', 'defined', 'used', 'imported', 'commands', 'find_example', 'Entry',
-           'entries', 'parameters', 'signature', 'entry_text', 'api_pages', 'public_names', 'figures_text',
+           'entries', 'parameters', 'signature', 'says', 'entry_text', 'api_pages', 'public_names', 'figures_text',
            'navigation', 'settings', 'broken_links', 'SiteError', 'write_site', 'build_site']
 
-# %% ../nbs/20b_site.ipynb #17ca139d
+# %% ../nbs/20b_site.ipynb #6779a31e
 import ast, re, symtable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +16,7 @@ from pathlib import Path
 from .chain import PAPER
 from .models import ASSETS
 
-# %% ../nbs/20b_site.ipynb #6e322d51
+# %% ../nbs/20b_site.ipynb #2b7f2739
 ROOT = PAPER.parents[1]  # of the repository
 
 @dataclass
@@ -53,7 +53,7 @@ def read_pages(
     others = sorted(p for p in nbs.glob('*.ipynb') if p not in chapters and p.stem != 'index')
     return [read_page(p, root) for p in [nbs/'index.ipynb', *chapters, *chain, *others]]
 
-# %% ../nbs/20b_site.ipynb #014a992f
+# %% ../nbs/20b_site.ipynb #b17c0b0a
 @dataclass
 class Site:
     "What the pages of a site share."
@@ -91,7 +91,7 @@ def relative(
     import posixpath
     return posixpath.relpath(to, posixpath.dirname(here) or '.')
 
-# %% ../nbs/20b_site.ipynb #7b3e112a
+# %% ../nbs/20b_site.ipynb #c78bb10d
 _TOKEN = re.compile(r'''(?P<block>^(?P<f>```+|~~~+).*?^(?P=f)\s*$)
                       | (?P<open>\]\(|\b(?:src|href)=")(?P<to>[^)"\s]+)(?P<close>[)"])
                       | (?<!\[)`(?P<code>[^`\n]+)`(?!\])
@@ -129,7 +129,7 @@ def _module_of(name, site, page):
 
 def _in_heading(text, where): return text[text.rfind('\n', 0, where) + 1:].startswith('#')
 
-# %% ../nbs/20b_site.ipynb #da76f2a6
+# %% ../nbs/20b_site.ipynb #45f21881
 def is_shown(
     cell,  # of a `Page`
 ) -> bool:
@@ -189,16 +189,20 @@ def page_text(
 def defined(
     cell,  # of a `Page`
 ) -> list[str]:
-    "The functions and classes that a cell defines at its top level."
+    "The functions, classes and other names that a cell defines at its top level."
     tree = _tree(cell.source)
-    return [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))] if tree else []
+    return [_name(n) for n in tree.body if _name(n)] if tree else []
+
+def _name(node):  # that a statement defines; of several at once none
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)): return node.name
+    return node.targets[0].id if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) else ''
 
 @lru_cache(maxsize=None)
 def _tree(source):  # None for a cell with magics
     try: return ast.parse(source)
     except SyntaxError: return None
 
-# %% ../nbs/20b_site.ipynb #7a25c527
+# %% ../nbs/20b_site.ipynb #43d17d0c
 @lru_cache(maxsize=None)
 def used(
     source: str,  # code
@@ -228,7 +232,7 @@ def commands(
     words = (w.value for n in ast.walk(_tree(source) or ast.parse('')) if isinstance(n, ast.Call) for es in first(n) for w in es[:2] if isinstance(w, ast.Constant))
     return frozenset(w for w in words if isinstance(w, str))
 
-# %% ../nbs/20b_site.ipynb #85600e34
+# %% ../nbs/20b_site.ipynb #ab3be445
 def find_example(
     name: str,
     module: str,  # that has it
@@ -252,7 +256,7 @@ def find_example(
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith('test') and works(code := ast.unparse(node)): return file, ast.get_source_segment(source, node)
 
-# %% ../nbs/20b_site.ipynb #b6b93a18
+# %% ../nbs/20b_site.ipynb #7c31012c
 @dataclass
 class Entry:
     "A public function or class."
@@ -262,6 +266,7 @@ class Entry:
     comments: dict  # parameter -> comment, and that of `return`
     methods: list  # its public methods, as entries
     command: bool = False  # is it a command of `rlheals`?
+    fields: tuple = ()  # of a named tuple, as `inspect.Parameter`
 
 def entries(
     module: str,  # like `sft`
@@ -269,8 +274,12 @@ def entries(
     "The public functions and classes of a module, in the order of its source."
     import importlib, inspect
     mod = importlib.import_module(f'rlheals.{module}')
-    nodes = [n for n in ast.parse(inspect.getsource(mod)).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in mod.__all__]
-    return [_entry(n.name, module, n, getattr(mod, n.name)) for n in nodes]
+    nodes = {_name(n): n for n in ast.parse(inspect.getsource(mod)).body if _name(n) in mod.__all__}
+    is_one = lambda name: isinstance(nodes[name], (ast.FunctionDef, ast.ClassDef)) or inspect.isclass(getattr(mod, name))  # the last: `X = namedtuple('X', ...)`
+    found, lines = [_entry(name, module, nodes[name], getattr(mod, name)) for name in nodes if is_one(name)], inspect.getsource(mod).splitlines()
+    for e in found:
+        if isinstance(e.node, ast.Assign): e.comments['itself'] = lines[e.node.end_lineno - 1][e.node.end_col_offset:].strip().removeprefix('# ')
+    return found
 
 def _entry(name, module, node, what):
     import inspect
@@ -281,7 +290,7 @@ def _entry(name, module, node, what):
     found = {n.name: inspect.getattr_static(what, n.name) for n in inside}
     plain = {k: getattr(v, '__func__', None) or getattr(v, 'fget', None) or getattr(v, 'func', None) or v for k, v in found.items()}  # static and class methods, properties
     return Entry(name, module, node, comments, [_entry(f'{name}.{n.name}', module, n, plain[n.name]) for n in inside],
-                 any('app.command' in ast.unparse(d) for d in node.decorator_list))
+                 any('app.command' in ast.unparse(d) for d in getattr(node, 'decorator_list', [])), list(inspect.signature(what).parameters.values()) if isinstance(node, ast.Assign) else [])
 
 def parameters(
     entry: Entry,
@@ -292,6 +301,7 @@ def parameters(
         init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == '__init__'), None)
         fields = [(n.target.id, n.annotation, n.value) for n in node.body if isinstance(n, ast.AnnAssign)]
         given = _arguments(init.args)[1:] if init else fields
+    elif isinstance(node, ast.Assign): return [(f.name, '', '' if f.default is f.empty else repr(f.default), '') for f in entry.fields]
     else: given = _arguments(node.args)
     if '.' in entry.name and given and given[0][0] in ('self', 'cls'): given = given[1:]
     out = []
@@ -317,11 +327,17 @@ def signature(
     "As it was written, on one line if it fits."
     node, given = entry.node, parameters(entry)
     words = [name + (f': {anno}' if anno else '') + ((' = ' if anno else '=') + default if default else '') for name, anno, default, _ in given]
-    if isinstance(node, ast.ClassDef): head, end = f'class {entry.name}', ''
+    if isinstance(node, (ast.ClassDef, ast.Assign)): head, end = f'class {entry.name}', ''
     elif any(ast.unparse(d) in ('property', 'cached_property') for d in node.decorator_list): return entry.name + (f' -> {ast.unparse(node.returns)}' if node.returns else '')
     else: head, end = entry.name, f' -> {ast.unparse(node.returns)}' if node.returns else ''
     line = f"{head}({', '.join(words)}){end}"
     return line if len(line) <= 84 else f'{head}(\n    ' + ',\n    '.join(words) + f',\n){end}'
+
+def says(
+    entry: Entry,
+) -> str:
+    "Its docstring, or the comment beside a named tuple."
+    return entry.comments.get('itself', '') if isinstance(entry.node, ast.Assign) else ast.get_docstring(entry.node) or ''
 
 def entry_text(
     entry: Entry,
@@ -334,7 +350,7 @@ def entry_text(
     escape = lambda text: prose(text.replace('|', r'\|'), site, home, here)
     code = lambda text: f"`{text.replace('|', chr(92) + '|')}`" if text else ''
     out = [f"{'#' * level} {entry.name.rpartition('.')[2]} {{ #{entry.name} }}", fence(signature(entry), 'python')]
-    if doc := ast.get_docstring(entry.node): out.append(prose(doc, site, home, here))
+    if doc := says(entry): out.append(prose(doc, site, home, here))
     rows = [f'| {code(n)} | {code(t)} | {code(d)} | {escape(c)} |' for n, t, d, c in parameters(entry)]
     returns = getattr(entry.node, 'returns', None)
     if returns or entry.comments.get('return'): rows.append(f"| *returns* | {code(ast.unparse(returns)) if returns else ''} | | {escape(entry.comments.get('return', ''))} |")
@@ -349,7 +365,7 @@ def entry_text(
     out += [entry_text(m, site, tests, level + 1) for m in entry.methods]
     return '\n\n'.join(filter(None, out))
 
-# %% ../nbs/20b_site.ipynb #8632fd62
+# %% ../nbs/20b_site.ipynb #04ecc7e6
 def api_pages(
     site: Site,
 ) -> dict[str, str]:
@@ -360,7 +376,7 @@ def api_pages(
         found = entries(page.module) if page.module else []
         if not found: continue
         here, first = f'api/{page.module}.md', _summary(page)
-        doc = lambda e: prose((ast.get_docstring(e.node) or '').split('\n\n')[0].replace('\n', ' ').replace('|', r'\|'), site, page, here)
+        doc = lambda e: prose(says(e).split('\n\n')[0].replace('\n', ' ').replace('|', r'\|'), site, page, here)
         table = '\n'.join(['| | |', '|---|---|', *(f'| [`{e.name}`](#{e.name}) | {doc(e)} |' for e in found)])
         head = f'# rlheals.{page.module}\n\n{prose(first, site, page, here)}\n\nThe chapter: [{page.title}]({relative(page.to, here)}).\n\n{table}'
         out[here] = '\n\n'.join([head, *(entry_text(e, site, tests) for e in found)]) + '\n'
@@ -379,7 +395,7 @@ def public_names(
         for e in entries(p.module) if p.module else []: out.setdefault(e.name, []).append(p.module)
     return out
 
-# %% ../nbs/20b_site.ipynb #1ab4cd15
+# %% ../nbs/20b_site.ipynb #7115a337
 def figures_text(
     site: Site,  # gets the files
 ) -> str:
@@ -396,7 +412,7 @@ def figures_text(
             out += [f'### {picture.stem}', says, f'![{picture.stem}]({place(site, picture)})', 'Also as ' + ', '.join(links) + '\n{ .from }']
     return '\n\n'.join(filter(None, out)) + '\n'
 
-# %% ../nbs/20b_site.ipynb #0d51cc0b
+# %% ../nbs/20b_site.ipynb #7e7efcd1
 PARTS = {'00': 'Tasks', '06': 'Models and runs', '09': 'Training', '13': 'Evaluation', '14b': 'Weights and states', '16c': 'Beyond the paper',
          '17': 'Figures', '18b': 'Claims', '19': 'The whole'}  # number of the first chapter -> name of the part
 
@@ -451,7 +467,7 @@ def settings(
         markdown_extensions=['tables', 'attr_list', 'pymdownx.superfences', 'pymdownx.highlight', 'pymdownx.magiclink']), sort_keys=False, width=200)
     return text + '- toc:\n    permalink: true\n    toc_depth: 3\n    slugify: !!python/object/apply:pymdownx.slugs.slugify {kwds: {case: none}}\n'  # anchors as Jupyter makes them
 
-# %% ../nbs/20b_site.ipynb #7a7f7a7f
+# %% ../nbs/20b_site.ipynb #4d612ed9
 def broken_links(
     folder,  # with HTML
 ) -> list[tuple]:
@@ -482,7 +498,7 @@ def broken_links(
             elif target.suffix == '.html' and unquote(to.fragment) not in read(target).anchors: out.append((name, link, 'no such anchor'))
     return out
 
-# %% ../nbs/20b_site.ipynb #d268240f
+# %% ../nbs/20b_site.ipynb #1b99468c
 class SiteError(RuntimeError):
     "The site could not be built."
 
