@@ -347,8 +347,8 @@ def entry_text(
 ) -> str:
     "An entry as Markdown: signature, what it does, parameters, what it returns, where it is defined, an example."
     here, home = f'api/{entry.module}.md', next(p for p in site.pages if p.module == entry.module)
-    escape = lambda text: prose(text.replace('|', r'\|'), site, home, here)
-    code = lambda text: f"`{text.replace('|', chr(92) + '|')}`" if text else ''
+    escape = lambda text: prose(re.sub(r'(`[^`]*`)|\|', lambda m: m[1] or r'\|', text), site, home, here)
+    code = lambda text: f'`{text}`' if text else ''  # a bar in code does not end a cell
     out = [f"{'#' * level} {entry.name.rpartition('.')[2]} {{ #{entry.name} }}", fence(signature(entry), 'python')]
     if doc := says(entry): out.append(prose(doc, site, home, here))
     rows = [f'| {code(n)} | {code(t)} | {code(d)} | {escape(c)} |' for n, t, d, c in parameters(entry)]
