@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'STAGES', 'retell', 'explored', 'explorer_inputs', 'answer_rows', 'explore_stage', 'publish_table',
            'open_tables', 'part', 'named', 'title_of', 'Panel', 'panel', 'answers_html', 'answers_table', 'Explorer']
 
-# %% ../nbs/17f_explorer.ipynb #54b37ac9
+# %% ../nbs/17f_explorer.ipynb #83e60d53
 import json
 from functools import partial
 from html import escape
@@ -21,7 +21,7 @@ from .spectra import rank_of_share, rotation_rows, spectra_rows, tabulate
 from .stats import landmarks, summarise
 from .tasks import Episode, Problem, Task, problem_set
 
-# %% ../nbs/17f_explorer.ipynb #4397b19a
+# %% ../nbs/17f_explorer.ipynb #6d6be6e8
 PARTS = ('accuracy', 'values', 'angles', 'restoration', 'answers')
 STAGES = dict(sft='SFT', rl='RL')
 
@@ -38,7 +38,7 @@ def retell(
     for row in out: row['solved'] = e.solved
     return out
 
-# %% ../nbs/17f_explorer.ipynb #72d7c7d4
+# %% ../nbs/17f_explorer.ipynb #a6337d7a
 def explored(run: Run) -> dict:  # 'sft-000640' -> its directory
     "The checkpoints that the explorer goes through: all of SFT, and all ends of RL."
     c = run.config
@@ -87,7 +87,7 @@ def explore_stage(
     numbers = {k: 'float32' for k in ('value', 'low', 'high', 'share')} | {k: 'Int32' for k in ('checkpoint', 'n', 'layer', 'index', 'episode', 'turn', 'tried')}
     return run.save(table.astype(numbers), 'explorer')
 
-# %% ../nbs/17f_explorer.ipynb #de1b7882
+# %% ../nbs/17f_explorer.ipynb #aa364457
 def publish_table(
     table,  # of `explore_stage`
     path,  # of the Parquet file
@@ -113,7 +113,7 @@ def open_tables(
     if not files: raise ValueError(f'there is no table of the explorer in {base} and none in {published}: make one with `rlheals explore --profile {profile} --runs {runs}`')
     return {t: pd.read_parquet(files[t]) for t in [*TASK_NAMES, *(f for f in files if f not in TASK_NAMES)] if t in files}
 
-# %% ../nbs/17f_explorer.ipynb #554aa36d
+# %% ../nbs/17f_explorer.ipynb #2ebfabaa
 _ORIGINS = dict(base=('from base', SFT), max_ood=('from SFT_MaxOOD', '#882E72'))  # of angles: label, colour
 _RING = dict(ls='', marker='o', ms=9, mfc='none', mew=1.6, zorder=5, animated=True)  # around the chosen point
 _SHOWN = ('directions', 'both', 'orthogonal', 'values', 'matched', 'random')  # edits, where the table has them
@@ -142,7 +142,6 @@ class Panel:
     "The picture of one task; `update` moves it to another choice."
     def __init__(self,
         table,  # of one task
-        columns: int = 2,  # of the four axes
     ):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -155,10 +154,9 @@ class Panel:
         self.steps = {s: sorted(self.accuracy[s, 'id'].index.astype(int)) for s in STAGES}
         self.matrices, self.shares = sorted({k[:2] for k in self.values}), sorted(angles.share.unique().tolist())
         with plt.rc_context(STYLE | {'axes.titleweight': 'normal'}):
-            self.figure = Figure(figsize=(8.6, 5.2) if columns == 2 else (13.4, 2.9), dpi=110)
+            self.figure = Figure(figsize=(8.6, 5.6), dpi=110)
             FigureCanvasAgg(self.figure)
-            axes = self.figure.subplots(4 // columns, columns).flat
-            for make, ax in zip((self._accuracy, self._values, self._angles, self._restoration), axes):
+            for make, ax in zip((self._accuracy, self._values, self._angles, self._restoration), self.figure.subplots(2, 2).flat):
                 make(ax)
                 ax.title.set_animated(True)
             self.update('sft', self.steps['sft'][0], self.matrices[0], self.shares[0])
@@ -181,7 +179,7 @@ class Panel:
             else: ax.errorbar(x, y, np.maximum(0, [y - low, high - y]), fmt='D', ms=4, mfc='white', color=colour, elinewidth=.7, label=f'{label}, after RL')
             self.points[split] = ax.plot([], [], color=colour, **_RING)[0]
         percent_axis(ax, 'accuracy (%)')
-        ax.legend(loc='upper left', ncols=2); ax.set_ylim(top=1.25 * ax.get_ylim()[1])
+        ax.legend(loc='upper left', ncols=2); ax.set_ylim(top=1.25 * ax.get_ylim()[1]); ax.set_yticks([t for t in ax.get_yticks() if 0 <= t <= 100])
         self.at_accuracy, self.accuracy_axis = self._along(ax), ax
 
     def _base(self, layer, kind, *_): return self.values[layer, kind, 'sft', self.steps['sft'][0]]
@@ -243,19 +241,19 @@ class Panel:
             d = self.accuracy[stage, split].loc[checkpoint]
             ring.set_data([checkpoint], [100 * d.value]); at.append(f'{SPLITS[split][0]} {100 * d.value:.1f} % [{100 * d.low:.1f}, {100 * d.high:.1f}]')
         for mark in (self.at_accuracy, self.at_angles): mark.set_xdata([checkpoint] * 2)
-        self.accuracy_axis.title.set_text('   '.join(at))
+        self.accuracy_axis.title.set_text('accuracy: ' + '\n'.join(at))
         self._show_values(stage, checkpoint, *matrix, rank)
         self._show_angles(stage, checkpoint, *matrix, rank)
         got = self.restored.get(round(100 * rank, 2))
         self.at_share.set_xdata([100 * rank] * 2); self.chosen.set_data(*(([100 * rank], [got[0]]) if got else ([], [])))
-        self.restoration_axis.title.set_text('restoration: ' + (f'{got[0]:.1f} % [{got[1]:.1f}, {got[2]:.1f}]' if got else 'not tried') + f' at {100 * rank:g} % of the rank')
+        self.restoration_axis.title.set_text('restoration: ' + (f'{got[0]:.1f} % [{got[1]:.1f}, {got[2]:.1f}]' if got else 'not tried') + f'\nby {100 * rank:g} % of the directions')
         return self
 
     def _show_values(self, stage, checkpoint, layer, kind, rank):
         base, now = self._base(layer, kind), self.values[layer, kind, stage, checkpoint]
         x, k = np.arange(len(base)), rank_of_share(rank, len(base))
         self.before.set_data(x, base); self.after.set_data(x, now); self.difference.set_data(x, now - base); self.cut.set_xdata([k - .5] * 2)
-        self.values_axis.title.set_text(f'layer {layer} {kind}, first {k} of {len(base)} values: changed by {100 * np.abs(now / base - 1)[:k].mean():.2f} %')
+        self.values_axis.title.set_text(f'layer {layer} {kind}, first {k} of {len(base)} values\nchanged by {100 * np.abs(now / base - 1)[:k].mean():.2f} %')
 
     def _show_angles(self, stage, checkpoint, layer, kind, rank):
         at = {}
@@ -264,7 +262,7 @@ class Panel:
             line.set_data(x, y)
             if s == stage: at[origin, side] = y[x == checkpoint][0]
         for key, ring in self.found.items(): ring.set_data([checkpoint], [at[key]])
-        self.angles_axis.title.set_text('; '.join(f'{label} {at[o, "left"]:.1f}° left, {at[o, "right"]:.1f}° right' for o, (label, _) in _ORIGINS.items()))
+        self.angles_axis.title.set_text('\n'.join(f'{label} {at[o, "left"]:.1f}° left, {at[o, "right"]:.1f}° right' for o, (label, _) in _ORIGINS.items()))
 
     def png(self) -> bytes:
         "The picture as it is now."
@@ -287,24 +285,23 @@ def panel(
     checkpoint: int | None = None,  # default: the last
     matrix: tuple = (0, 'q_proj'),  # layer and kind
     rank: float = .25,  # share of the full rank
-    columns: int = 2,
 ):
     "The picture of one choice, as a matplotlib figure."
     if task not in tables: raise ValueError(f'there is no table of {task!r}: there are {", ".join(tables)}')
-    p = Panel(tables[task], columns)
+    p = Panel(tables[task])
     return p.update(stage, p.steps[stage][-1] if checkpoint is None else checkpoint, matrix, rank).figure
 
-# %% ../nbs/17f_explorer.ipynb #e1e80bf1
+# %% ../nbs/17f_explorer.ipynb #185eff75
 def _turn(row):  # an answer and its verdict
     verdict = '<b style="color:#009E73">right</b>' if row.correct else f'<b style="color:#D55E00">wrong</b> <i>{escape(row.reason)}</i>'
     return f'<div style="margin-left:1em"><code>{escape(row.answer) or "(nothing)"}</code> {verdict}</div>'
 
-def _episode(d, last=False):  # one episode: what was asked, and all tries (or only the last)
+def _episode(d, last=False):  # one episode (or its last step): what was asked, and all tries
     out = []
-    for row in d.itertuples():
+    for row in d[d.turn >= d[d.tried == 0].turn.max()].itertuples() if last else d.itertuples():
         if row.tried == 0: out.append(f'<div style="opacity:.7">{escape(row.asked)}</div>')  # a new step; other follow-ups say no more than the reason
         out.append(_turn(row))
-    return ''.join(out[:1] + out[-1:] if last else out)
+    return ''.join(out)
 
 def answers_html(
     tables: dict,  # task -> table
@@ -327,7 +324,7 @@ def answers_table(
     checkpoints: dict,  # name -> (stage, checkpoint)
     episodes: int = 3,  # per split
 ) -> str:
-    "The last answers of a few checkpoints to the same problems, side by side, as a plain HTML table."
+    "The answers of a few checkpoints to the same problems (to the last step they came to), side by side, as a plain HTML table."
     cells = {name: part(tables[task], 'answers', stage=s, checkpoint=c) for name, (s, c) in checkpoints.items()}
     cell = lambda d, split, i: _episode(d[(d.split == split) & (d.episode == i)].sort_values('turn'), last=True)
     head = ''.join(f'<th>{escape(n)} ({STAGES[s]} {c})</th>' for n, (s, c) in checkpoints.items())
@@ -335,12 +332,12 @@ def answers_table(
                    for split in ('id', 'ood') for i in range(episodes))
     return f'<table><tr><th></th>{head}</tr>{body}</table>'
 
-# %% ../nbs/17f_explorer.ipynb #afa3e011
+# %% ../nbs/17f_explorer.ipynb #82e8ff3c
 class Explorer:
     "Widgets for the choice, the picture and the answers; show it as the last line of a cell."
     def __init__(self, tables: dict):  # task -> table
         import ipywidgets as w
-        self.tables, self.panels, self.quiet = tables, {t: Panel(table) for t, table in tables.items()}, False
+        self.panels, self.told = ({t: f(table) for t, table in tables.items()} for f in (Panel, lambda table: part(table, 'answers')))
         wide = dict(continuous_update=True, style=dict(description_width='80px'), layout=w.Layout(width='330px'))
         pick = dict(style=dict(description_width='50px'), layout=w.Layout(width='210px'))
         first = next(iter(self.panels.values()))
@@ -377,7 +374,7 @@ class Explorer:
         c = {k: v.value for k, v in self.controls.items()}
         p = self.panels[c['task']].update(c['stage'], c['checkpoint'], (c['layer'], c['kind']), c['rank'])
         self.title.value = f"<b>{escape(title_of(p.table, c['stage'], c['checkpoint']))}</b>"
-        self.picture.value, self.answers.value = p.png(), answers_html(self.tables, c['task'], c['stage'], c['checkpoint'])
+        self.picture.value, self.answers.value = p.png(), answers_html(self.told, c['task'], c['stage'], c['checkpoint'])
 
     def _repr_mimebundle_(self, **kwargs):
         return self.box._repr_mimebundle_(**kwargs) | {'text/plain': 'The explorer is shown here while a kernel runs: run this cell in JupyterLab.'}
