@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'STAGES', 'retell', 'explored', 'explorer_inputs', 'answer_rows', 'explore_stage', 'publish_table',
            'open_tables', 'part', 'named', 'title_of', 'Panel', 'panel', 'answers_html', 'answers_table', 'Explorer']
 
-# %% ../nbs/17f_explorer.ipynb #83e60d53
+# %% ../nbs/17f_explorer.ipynb #360452ae
 import json
 from functools import partial
 from html import escape
@@ -21,7 +21,7 @@ from .spectra import rank_of_share, rotation_rows, spectra_rows, tabulate
 from .stats import landmarks, summarise
 from .tasks import Episode, Problem, Task, problem_set
 
-# %% ../nbs/17f_explorer.ipynb #6d6be6e8
+# %% ../nbs/17f_explorer.ipynb #b8542e9a
 PARTS = ('accuracy', 'values', 'angles', 'restoration', 'answers')
 STAGES = dict(sft='SFT', rl='RL')
 
@@ -38,7 +38,7 @@ def retell(
     for row in out: row['solved'] = e.solved
     return out
 
-# %% ../nbs/17f_explorer.ipynb #a6337d7a
+# %% ../nbs/17f_explorer.ipynb #05bc6d25
 def explored(run: Run) -> dict:  # 'sft-000640' -> its directory
     "The checkpoints that the explorer goes through: all of SFT, and all ends of RL."
     c = run.config
@@ -87,7 +87,7 @@ def explore_stage(
     numbers = {k: 'float32' for k in ('value', 'low', 'high', 'share')} | {k: 'Int32' for k in ('checkpoint', 'n', 'layer', 'index', 'episode', 'turn', 'tried')}
     return run.save(table.astype(numbers), 'explorer')
 
-# %% ../nbs/17f_explorer.ipynb #aa364457
+# %% ../nbs/17f_explorer.ipynb #a6f5954a
 def publish_table(
     table,  # of `explore_stage`
     path,  # of the Parquet file
@@ -113,7 +113,7 @@ def open_tables(
     if not files: raise ValueError(f'there is no table of the explorer in {base} and none in {published}: make one with `rlheals explore --profile {profile} --runs {runs}`')
     return {t: pd.read_parquet(files[t]) for t in [*TASK_NAMES, *(f for f in files if f not in TASK_NAMES)] if t in files}
 
-# %% ../nbs/17f_explorer.ipynb #2ebfabaa
+# %% ../nbs/17f_explorer.ipynb #cbf8b1e9
 _ORIGINS = dict(base=('from base', SFT), max_ood=('from SFT_MaxOOD', '#882E72'))  # of angles: label, colour
 _RING = dict(ls='', marker='o', ms=9, mfc='none', mew=1.6, zorder=5, animated=True)  # around the chosen point
 _SHOWN = ('directions', 'both', 'orthogonal', 'values', 'matched', 'random')  # edits, where the table has them
@@ -164,8 +164,8 @@ class Panel:
             self.figure.set_layout_engine('none')  # from now on everything stays where it is
         self.moving, self.still = [a for ax in self.figure.axes for a in [*ax.lines, ax.title] if a.get_animated()], None
 
-    def _along(self, ax):  # an axis along the checkpoints, with a mark that moves
-        mark = ax.axvline(0, color='#222222', lw=.9, alpha=.5, zorder=0, animated=True)
+    def _along(self, ax, high=.7):  # an axis along the checkpoints, with a mark that moves, as high as the legend leaves room
+        mark = ax.axvline(0, 0, high, color='#222222', lw=.9, alpha=.5, zorder=0, animated=True)
         steps_axis(ax, self.steps['sft'], label='SFT step (RL: the step it started from)', room=.1)
         return mark
 
@@ -180,7 +180,7 @@ class Panel:
             self.points[split] = ax.plot([], [], color=colour, **_RING)[0]
         percent_axis(ax, 'accuracy (%)')
         ax.legend(loc='upper left', ncols=2); ax.set_ylim(top=1.25 * ax.get_ylim()[1]); ax.set_yticks([t for t in ax.get_yticks() if 0 <= t <= 100])
-        self.at_accuracy, self.accuracy_axis = self._along(ax), ax
+        self.at_accuracy, self.accuracy_axis = self._along(ax, .8), ax
 
     def _base(self, layer, kind, *_): return self.values[layer, kind, 'sft', self.steps['sft'][0]]
 
@@ -190,7 +190,7 @@ class Panel:
         self.difference = self.difference_axis.plot([], [], color=RL, lw=.9, label='difference (right)', animated=True)[0]
         self.difference_axis.axhline(0, color=RL, lw=.4, alpha=.5)
         self.difference_axis.spines['right'].set_visible(True); self.difference_axis.grid(False); self.difference_axis.tick_params(axis='y', colors=RL)
-        self.cut = ax.axvline(0, color='#222222', lw=.9, ls=':', animated=True)
+        self.cut = ax.axvline(0, 0, .75, color='#222222', lw=.9, ls=':', animated=True)
         top, reach = max(v[0] for v in self.values.values()), max(abs(v - self._base(*k)).max() for k, v in self.values.items())
         ax.set(xlabel='index', ylabel='singular value', xlim=(-1, max(map(len, self.values.values()))), ylim=(0, 1.08 * top))
         self.difference_axis.set_ylim(-1.1 * reach or -1, 1.1 * reach or 1)
@@ -217,13 +217,14 @@ class Panel:
             x, (y, low, high) = 100 * one.share.to_numpy(float), 100 * one[['value', 'low', 'high']].to_numpy().T
             ax.plot(x, y, color=colour, marker=marker, ls=ls, lw=1.6 if e == 'directions' else 1, label=label)
             if e == 'directions': ax.fill_between(x, low, high, color=colour, alpha=.13, lw=0); self.restored = dict(zip(x.round(2), zip(y, low, high)))
-        for e, label in (('none', 'SFT_End'), ('donor', 'SFT_MaxOOD')):
-            y = 100 * d[d.edit == e].value.mean()
-            ax.axhline(y, color=MUTED, lw=.8, zorder=0); ax.annotate(label, (1, y), (-2, 1), xycoords=('axes fraction', 'data'), textcoords='offset points', ha='right', fontsize=7, color=MUTED)
         percent_axis(ax, 'OOD accuracy (%)')
-        ax.set_ylim(top=1.5 * ax.get_ylim()[1]); ax.set_xlim(0, 103); ax.set_xlabel("SFT_MaxOOD's directions put into SFT_End (top % of the rank)")
+        ax.set_ylim(top=1.5 * ax.get_ylim()[1])
+        ends = {label: 100 * d[d.edit == e].value.mean() for e, label in (('none', 'SFT_End'), ('donor', 'SFT_MaxOOD'))}
+        if abs(np.subtract(*ends.values())) < .04 * ax.get_ylim()[1]: ends = {' and '.join(ends): np.mean([*ends.values()])}  # too close for two labels
+        for label, y in ends.items(): ax.axhline(y, color=MUTED, lw=.8, zorder=0); ax.annotate(label, (1, y), (0, 1.5), textcoords='offset points', fontsize=7, color=MUTED)
+        ax.set_xlim(0, 103); ax.set_xlabel("SFT_MaxOOD's directions put into SFT_End (top % of the rank)")
         ax.legend(loc='upper left', ncols=2)
-        self.at_share = ax.axvline(0, color='#222222', lw=.9, ls=':', animated=True)
+        self.at_share = ax.axvline(0, 0, .7, color='#222222', lw=.9, ls=':', animated=True)
         self.chosen = ax.plot([], [], color=EDITS['directions'][1], **_RING)[0]
         self.restoration_axis = ax
 
@@ -291,7 +292,7 @@ def panel(
     p = Panel(tables[task])
     return p.update(stage, p.steps[stage][-1] if checkpoint is None else checkpoint, matrix, rank).figure
 
-# %% ../nbs/17f_explorer.ipynb #185eff75
+# %% ../nbs/17f_explorer.ipynb #a77dc08c
 def _turn(row):  # an answer and its verdict
     verdict = '<b style="color:#009E73">right</b>' if row.correct else f'<b style="color:#D55E00">wrong</b> <i>{escape(row.reason)}</i>'
     return f'<div style="margin-left:1em"><code>{escape(row.answer) or "(nothing)"}</code> {verdict}</div>'
@@ -332,7 +333,7 @@ def answers_table(
                    for split in ('id', 'ood') for i in range(episodes))
     return f'<table><tr><th></th>{head}</tr>{body}</table>'
 
-# %% ../nbs/17f_explorer.ipynb #82e8ff3c
+# %% ../nbs/17f_explorer.ipynb #1ab1fa6f
 class Explorer:
     "Widgets for the choice, the picture and the answers; show it as the last line of a cell."
     def __init__(self, tables: dict):  # task -> table
