@@ -61,6 +61,7 @@ TABLES = dict(  # table of a figure -> names of a run's tables
     next_token=lambda run: ['next_token'],
     preserve=lambda run: [f'preserve-{m}' for m in run.config['preserve']['methods']],
     warning=lambda run: ['warning'],
+    explorer=lambda run: ['explorer'],
 )
 
 def variants(
@@ -205,7 +206,7 @@ def progress(
 @dataclass(frozen=True)
 class Job:
     "One notebook to execute."
-    rule: str  # `base`, `sft`, `rl`, `grpo`, `evaluate`, `baselines`, `spectra`, `surgery`, `drift`, `condition`, `preserve`, `warning`, `figure`, `reading`, `claims`
+    rule: str  # `base`, `sft`, `rl`, `grpo`, `evaluate`, `baselines`, `spectra`, `surgery`, `drift`, `condition`, `preserve`, `warning`, `explorer`, `figure`, `reading`, `claims`
     name: str  # like `rl-000128`
     task: str
     seed: int
@@ -247,7 +248,7 @@ def plan(run: Run, seeds: int = 1, targets=(), tasks=()) -> list[Job]:
         name = {'base': 'base', 'sft': 'sft', 'spectra': 'spectra', 'drift': 'drift', 'figure': path.stem, 'reading': path.stem}.get(rule)
         name = name or (path.parent.name if path.name == 'model.safetensors' else path.stem.replace('advantages-', 'rl-'))
         found.setdefault((rule, name, task, seed), []).append(path)
-    order = ('base', 'sft', 'evaluate', 'rl', 'grpo', 'baselines', 'spectra', 'surgery', 'drift', 'condition', 'preserve', 'warning', 'figure', 'reading', 'claims')
+    order = ('base', 'sft', 'evaluate', 'rl', 'grpo', 'baselines', 'spectra', 'surgery', 'drift', 'condition', 'preserve', 'warning', 'explorer', 'figure', 'reading', 'claims')
     return sorted((Job(*what, tuple(f)) for what, f in found.items()), key=lambda j: (order.index(j.rule), j.task, j.seed, len(j.name), j.name))
 
 # %% ../nbs/19_chain.ipynb #588af274
@@ -276,7 +277,7 @@ def seconds(job: Job, run: Run) -> float:
         return 8 + ends * each + (seconds(replace(job, rule='sft'), sft) + len(c['sft']['checkpoints']) * evaluation if sft else 0)
     if job.rule == 'surgery':
         return 10 + len(surgery_plan(job.name.removeprefix('surgery-'), c['surgery'], c['surgery']['blocks'])) * evaluation
-    return 12 if job.rule in ('spectra', 'drift') else 20 if job.rule == 'warning' else 6
+    return 12 if job.rule in ('spectra', 'drift') else 20 if job.rule == 'warning' else 60 if job.rule == 'explorer' else 6
 
 def makespan(jobs: list[Job], run: Run, cores: int) -> float:
     "A rough time for several jobs on some cores: pretraining and SFT are alone, the others run side by side."

@@ -121,6 +121,10 @@ TINY = dict(
         prompts=64,  # neutral ones, and training problems
         share=.25,  # of the rank whose rotation is measured
         threads=1),
+    explorer=dict(  # what the explorer shows; made on request only
+        shares=[.125, .25, .5, .75, 1.],  # of the rank: leading singular directions to choose from
+        problems=6,  # per split, whose answers are kept
+        threads=1),
 )
 
 # What differs between tasks. Episodes as in the paper. SFT's examples are so few that ID accuracy ends near the paper's
@@ -145,7 +149,8 @@ PROFILES = dict(  # changes of `TINY`
         baselines=dict(starts=[4], rounds=2),
         conditions=dict(starts=[4], names=['default', 'sft_twelfth']),
         preserve=dict(methods=['rpsft-1', 'lora-2'], checkpoints=[2, 4]),
-        warning=dict(prompts=8)),
+        warning=dict(prompts=8),
+        explorer=dict(problems=2)),
 )
 
 def _settings(profile, task):  # the settings of a profile for a task
@@ -179,7 +184,7 @@ def _check(c):
         if not ok: raise ValueError(f'{key}={c[section][name]!r} does not work: it must be {rule}')
     counts = ('base.hidden_size', 'base.layers', 'base.heads', 'base.mlp', 'base.threads', 'sft.examples', 'sft.test_examples', 'sft.max_steps', 'sft.batch_size', 'sft.threads', 'sft.processes', 'rl.updates', 'rl.processes',
               'rl.envs', 'rl.turns', 'rl.epochs', 'rl.minibatch', 'rl.micro_batch', 'grpo.updates', 'grpo.responses', 'grpo.epochs', 'grpo.minibatch', 'grpo.threads', 'rl.threads', 'eval.episodes', 'model.max_new_tokens', 'eval.per_job',
-              'eval.threads', 'spectra.threads', 'surgery.blocks', 'surgery.threads', 'drift.prompts', 'drift.top_k', 'drift.permutations', 'drift.threads', 'baselines.rounds', 'baselines.threads', 'conditions.threads', 'preserve.threads', 'warning.prompts', 'warning.threads')
+              'eval.threads', 'spectra.threads', 'surgery.blocks', 'surgery.threads', 'drift.prompts', 'drift.top_k', 'drift.permutations', 'drift.threads', 'baselines.rounds', 'baselines.threads', 'conditions.threads', 'preserve.threads', 'warning.prompts', 'warning.threads', 'explorer.problems', 'explorer.threads')
     for key in counts: s, n = key.split('.'); need(c[s][n] >= 1, key, 'at least 1')
     for key in ('sft.learning_rate', 'rl.learning_rate', 'rl.value_learning_rate', 'rl.temperature', 'rl.clip', 'rl.max_grad_norm', 'rl.adam_eps',
                 'grpo.learning_rate', 'grpo.temperature', 'grpo.clip', 'grpo.max_grad_norm', 'grpo.adam_eps'):
@@ -191,7 +196,7 @@ def _check(c):
     need(c['preserve']['methods'] and all(re.fullmatch(r'(rpsft|l2)-\d*\.?\d+|lora-\d+', m) and float(m.partition('-')[2]) for m in c['preserve']['methods']),
          'preserve.methods', "'rpsft-' or 'l2-' and a weight above 0, or 'lora-' and a rank, like rpsft-1,l2-0.5,lora-8")
     need(bool(c['preserve']['checkpoints']), 'preserve.checkpoints', 'one or more of sft.checkpoints')
-    for key in ('spectra.shares', 'surgery.ranks'):
+    for key in ('spectra.shares', 'surgery.ranks', 'explorer.shares'):
         s, n = key.split('.'); need(c[s][n] and all(0 < x <= 1 for x in c[s][n]), key, 'shares above 0, at most 1')
     need(0 <= c['baselines']['share'] <= 1, 'baselines.share', 'between 0 and 1')
     need(c['baselines']['rounds'] <= c['rl']['updates'], 'baselines.rounds', f"at most rl.updates={c['rl']['updates']}")

@@ -254,7 +254,7 @@ def find_example(
     for file, source in tests.items():
         if not (command or gets(source)): continue
         for node in ast.parse(source).body:
-            if isinstance(node, ast.FunctionDef) and node.name.startswith('test') and works(code := ast.unparse(node)): return file, ast.get_source_segment(source, node)
+            if isinstance(node, ast.FunctionDef) and node.name.startswith('test') and works(ast.unparse(node)): return file, ast.get_source_segment(source, node)
 
 # %% ../nbs/20b_site.ipynb #7c31012c
 @dataclass

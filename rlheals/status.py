@@ -24,8 +24,9 @@ STAGES = dict(  # stage -> the files that one task and seed have when it is done
     drift=lambda run: tables_of(run, ['states', 'drift', 'next_token']),
     conditions=lambda run: tables_of(run, ['conditions']),
     preserve=lambda run: tables_of(run, ['preserve']),
-    warning=lambda run: tables_of(run, ['warning']))
-ON_REQUEST = ('conditions', 'preserve', 'warning')
+    warning=lambda run: tables_of(run, ['warning']),
+    explorer=lambda run: tables_of(run, ['explorer']))
+ON_REQUEST = ('conditions', 'preserve', 'warning', 'explorer')
 
 def _seeds_of(run):  # the seeds that have a directory
     home = run.dir/run.task_dir

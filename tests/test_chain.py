@@ -172,7 +172,7 @@ def test_two_runs_do_not_mix(home, run):
 
 
 @pytest.mark.parametrize('notebook, parameters', [
-    ('01_sft', {}), ('02_rl', dict(start=2)), ('03_evaluate', dict(table='eval-rl-00')), ('04_spectra', {}), ('05_surgery', dict(sweep='layers')), ('05b_drift', {}), ('06_figures', dict(figure='F1'))])
+    ('01_sft', {}), ('02_rl', dict(start=2)), ('03_evaluate', dict(table='eval-rl-00')), ('04_spectra', {}), ('05_surgery', dict(sweep='layers')), ('05b_drift', {}), ('05d_explorer', {}), ('06_figures', dict(figure='F1'))])
 def test_each_notebook_runs_alone(home, notebook, parameters):
     flags = [x for k, v in parameters.items() for x in ('-p', k, str(v))]
     done = subprocess.run([sys.executable, '-m', 'papermill', str(ROOT/'nbs'/'paper'/f'{notebook}.ipynb'), f'{notebook}.out.ipynb', '-p', 'profile', 'smoke', *flags],

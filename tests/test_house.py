@@ -72,9 +72,11 @@ def test_imports_are_light():
 def test_notebooks_are_small_and_without_errors():
     for path in (ROOT/'nbs').rglob('*.ipynb'):
         assert path.stat().st_size < 1_000_000, path
+        kept = json.loads(path.read_text())['metadata'].get('widgets', {}).get('application/vnd.jupyter.widget-state+json', {}).get('state', {})
         for cell in cells(path):
             for out in cell.get('outputs', []):
                 assert out['output_type'] != 'error' and out.get('name') != 'stderr', (path, out)
+                if view := out.get('data', {}).get('application/vnd.jupyter.widget-view+json'): assert view['model_id'] in kept, f'{path}: the view of a widget whose state is not kept shows an error where no kernel runs; remove it, and leave its text'
 
 
 def test_chain_notebooks_have_parameters():
@@ -95,3 +97,15 @@ def test_committed_figures_come_from_the_default_run(figure):
     assert {'model', 'task', 'lora', 'sft', 'rl', 'grpo', 'eval', 'spectra', 'surgery', 'drift'} <= set(record['settings'])
     assert record['settings'] == {s: now[s] for s in record['settings']}  # as the profile is now; it may have got sections that no such figure depends on
     assert all((ROOT/'figures'/f'{figure}.{e}').stat().st_size for e in ('png', 'svg', 'csv'))
+
+
+@pytest.mark.parametrize('task', 'general_points navigation rank determinant'.split())
+def test_the_explorer_opens_in_a_fresh_clone(task):
+    from rlheals.explorer import PARTS, named, open_tables
+    path = ROOT/'figures'/'explorer'/f'{task}.parquet'
+    assert path.stat().st_size < 1_500_000
+    table = open_tables(ROOT/'nowhere', path.parent)[task]
+    assert set(table.part) == set(PARTS) and set(table.task) == {task} and set(named(table)) == {'base', 'SFT_MaxOOD', 'SFT_End', 'RL_End'}
+    record, now = json.loads(path.with_suffix('.json').read_text()), load_profile('tiny', task=task)
+    assert record['profile'] == 'tiny' and record['changes'] == [] and f'{task}/seed0/tables/explorer.parquet' in record['inputs']
+    assert {s: record['settings'][s] for s in ('model', 'task', 'sft', 'rl', 'eval', 'explorer')} == {s: now[s] for s in ('model', 'task', 'sft', 'rl', 'eval', 'explorer')}
