@@ -163,7 +163,7 @@ def read_published(
     if not (folder/'ledger.npz').exists(): raise ValueError(f"there is no ledger in {folder}: make one with\n  {command(run, tasks or [run.task_name], SEEDS)}")
     record, out = json.loads((folder/'ledger.json').read_text()), {}
     with np.load(folder/'ledger.npz') as kept:
-        for t in tasks or record['seeds']:
+        for t in tasks or sorted(record['seeds'], key=lambda t: [*TASKS, t].index(t)):
             if t not in record['seeds']: raise ValueError(f"the ledger in {folder} has nothing on {t}, but on {', '.join(record['seeds'])}: make it with\n  {command(run, [t], SEEDS)}")
             if record['settings'][t] != json.loads(json.dumps(replace(run, task_name=t).config)): raise ValueError(f'the ledger in {folder} was made with other settings of {t}: make it again with\n  {command(run, [t], SEEDS)}')
             out[t] = {k.removeprefix(f'{t}/'): kept[k] for k in kept.files if k.startswith(f'{t}/')}
