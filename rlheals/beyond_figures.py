@@ -133,7 +133,7 @@ def preserve_reading(
         said = f"{method_name(r['method'])} against {method_name(r['against'])}: "
         if not r['seeds']: out.append(said + 'no ID level that both reach.'); continue
         verdict = 'too few seeds for a test' if np.isnan(r['p_holm']) else f"{'more' if r['mean'] > 0 else 'less'} surely (Holm p = {r['p_holm']:.2g})" if r['p_holm'] < .05 else f"not sure (Holm p = {r['p_holm']:.2g})"
-        out.append(said + f"{_points(r)} of OOD accuracy at equal ID accuracy, {r['seeds']} of {r['of']} seeds; {verdict}.")
+        out.append(said + f"{_points(r)} of OOD accuracy at equal ID accuracy, {r['seeds']:.0f} of {r['of']:.0f} seeds; {verdict}.")
     return '\n'.join(f'- {line}' for line in out)
 
 def warning_reading(
