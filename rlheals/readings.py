@@ -117,7 +117,7 @@ def _by_share(data, story):
     target, donor = _ends(data)
     ours = sorted((r for r in _all(data, split='ood', edit='directions')), key=lambda r: r['share'])
     whole, gap = ours[-1], donor['mean'] - target['mean']
-    part = lambda r: f", {100 * (r['mean'] - target['mean']) / gap:.0f} % of the way to the donor" * (gap > .02)
+    part = lambda r: f", {100 * (r['mean'] - target['mean']) / gap:.0f} % of the way to the donor" if gap > .02 else ''
     out = f"OOD accuracy of the target is {spoken(target)}, of the donor {spoken(donor)}. {story} at {100 * whole['share']:.0f} % of the rank: {spoken(whole)}{part(whole)}"
     if len(ours) > 1: out += f"; at {100 * ours[0]['share']:.0f} %: {spoken(ours[0])}{part(ours[0])}"
     others = [f'{_label(e)} {spoken(o)}' for e in EDITS if e not in ('directions', 'both') for o in _all(data, split='ood', edit=e) if o['share'] == ours[0]['share']]
