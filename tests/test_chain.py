@@ -228,13 +228,13 @@ def test_a_second_seed_has_the_first_as_donor(home, run):
 
 def test_all_tasks_run_the_chain(home, run):
     "The other three tasks beside the one that is there, by figures that need training, RL, evaluation, baselines, surgery and states; F5 then shows four, also when GeneralPoints is asked for alone."
-    wanted = ('F1', 'F4', 'F5', 'F10', 'F14')
+    wanted = ('F1', 'F4', 'F5', 'F10', 'F14', 'S1')
     rlheals('reproduce', '--profile', 'smoke', cwd=home)  # the tests above have executed its notebooks alone: what they made is newer than what follows from it
     before = stamps(run)
     done = rlheals('reproduce', '--profile', 'smoke', '--task', 'navigation,rank', '--task', 'determinant', *(x for f in wanted for x in ('--figure', f)), cwd=home)
     assert done.returncode == 0, done.stdout + done.stderr
     after = stamps(run)
-    assert names(run, (p for p in before if after[p] != before[p])) == {f'figures/F5.{e}' for e in ('png', 'svg', 'csv')}
+    assert names(run, (p for p in before if after[p] != before[p])) == {f'figures/{f}.{e}' for f in {*wanted} & {*ACROSS} for e in ('png', 'svg', 'csv')}
     for task in ('navigation', 'rank', 'determinant'):
         other = Run('smoke', root=home/'runs', task_name=task)
         assert set(other.load(*evaluation_parts(other, 'rl'))['task']) == {task} and other.checkpoint('rl', 4).is_dir()
