@@ -189,7 +189,9 @@ def progress(
     if not folder:
         from tqdm.auto import tqdm
         with tqdm(desc=job, unit='') as bar:
-            def show(done, total): bar.total = total; bar.update(done - bar.n)
+            def show(done, total):
+                if bar.total != total: bar.reset(total)  # in a notebook a bar that began without a total stays narrow otherwise
+                bar.update(done - bar.n)
             yield show
         return
     path, last = _progress_file(folder, job, run), 0.

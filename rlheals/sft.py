@@ -46,8 +46,10 @@ def train_sft(
 ):
     "Fine-tune in place; a table of losses: columns split, checkpoint, metric, value."
     import pandas as pd
+    from datasets import disable_progress_bars
     from transformers import PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
+    disable_progress_bars()  # of tokenizing: one bar is enough
     c, rows, n = settings, [], processes(model.device.type).num_processes
     if c['batch_size'] % n: raise ValueError(f"sft.batch_size={c['batch_size']} cannot be shared by {n} processes: choose a multiple of {n}")
 
