@@ -167,9 +167,9 @@ def draw_figure(
     tasks=(),  # of a figure across tasks (see `shown`)
 ):
     "Draw and save one figure from the tables of a run: (path of the picture, the table drawn)."
-    from rlheals.figures import ACROSS, FIGURES, draw
+    from rlheals.figures import ACROSS, check_figure, draw
     from rlheals.plots import save
-    if figure not in FIGURES: raise ValueError(f"there is no figure {figure!r}: use one of {', '.join(FIGURES)}")
+    check_figure(figure)
     what = run, figure, seeds, tasks if figure in ACROSS else ()
     picture, data = draw(figure, figure_tables(*what))
     stem = figures_dir(run, figure)/figure

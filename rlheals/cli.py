@@ -17,9 +17,9 @@ import typer
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False,
                   help='A reproducible companion to the paper "RL Fine-Tuning Heals OOD Forgetting in SFT".')
 
-def _fail(error):  # what is wrong with the input is said in a sentence, without a stack trace
+def _fail(error, code=2):  # what is wrong with the input (2) or went wrong (1) is said in a sentence, without a stack trace
     typer.secho(f'error: {error}', fg='red', err=True)
-    raise typer.Exit(2)
+    raise typer.Exit(code)
 
 # %% ../nbs/21_cli.ipynb #f99b840f
 @app.command()
@@ -47,15 +47,13 @@ def reproduce(
         if dry_run: return _dry_run(run, seeds, targets, tasks, jobs or os.cpu_count(), console)
         done = chain.execute(run, seeds, jobs or None, targets, tasks, say=lambda line: print(line, flush=True), live=console.is_terminal)
     except ValueError as e: _fail(e)
-    except chain.ChainError as e:
-        typer.secho(f'error: {e}', fg='red', err=True)
-        raise typer.Exit(1)
+    except chain.ChainError as e: _fail(e, 1)
     if done: typer.echo(f'{done} jobs done. Figures: {os.path.relpath(chain.figures_dir(run, "F5"))}  Everything else: {os.path.relpath(run.dir)}')
 
 def _pictures(run, tasks, names, seeds):  # files of the figures asked for; of those made on request also the tables behind them, which nothing else asks for
     from rlheals import chain
-    from rlheals.figures import EXTRA, FIGURES, NEEDS
-    if unknown := [n for n in names if n not in FIGURES]: raise ValueError(f"there is no figure {unknown[0]!r}: use one of {', '.join(FIGURES)}")
+    from rlheals.figures import EXTRA, NEEDS, check_figure
+    for n in names: check_figure(n)
     here = replace(run, root=run.root.resolve())
     pictures = [str(chain.figures_dir(r, n)/f'{n}.png') for r in chain.variants(here, 1, tasks) for n in names]
     tables = [os.path.relpath(f, here.dir) for r in chain.variants(here, seeds, tasks) for n in names if n in EXTRA for f in chain.tables_of(r, NEEDS[n])]
@@ -125,9 +123,7 @@ def claims(
         data = read_published(run, asked) if published else read_run(run, used)
         found, _ = judge_tasks(data)
     except ValueError as e: _fail(e)
-    except chain.ChainError as e:
-        typer.secho(f'error: {e}', fg='red', err=True)
-        raise typer.Exit(1)
+    except chain.ChainError as e: _fail(e, 1)
     _show(found[found.task.isin(asked or [*data])], console)
     if published: console.print(f'Judged from the published episodes, figures/ledger.npz: {run.dir} has too few seeds of its own. Make them, which takes hours, with --run.')
     else: remember(run, used)
@@ -172,9 +168,7 @@ def explore(
         targets = [os.path.relpath(r.table('explorer'), r.dir) for r in asked if r.config]
         chain.execute(run, seed + 1, jobs or None, targets, tasks, say=lambda line: print(line, flush=True), live=console.is_terminal)
     except ValueError as e: _fail(e)
-    except chain.ChainError as e:
-        typer.secho(f'error: {e}', fg='red', err=True)
-        raise typer.Exit(1)
+    except chain.ChainError as e: _fail(e, 1)
     for r in asked if publish else ():
         to = chain.figures_dir(replace(run, task_name=chain.HOME))/'explorer'/f'{r.task_dir}.parquet'
         publish_table(r.load('explorer'), to, chain.provenance(r, [r.table('explorer'), *explorer_inputs(r)], {r.task_name: 1}))
@@ -222,11 +216,11 @@ def show(
     from rich.console import Console
     from rich.markdown import Markdown
     from rlheals import chain
-    from rlheals.figures import FIGURES
+    from rlheals.figures import check_figure
     from rlheals.gallery import words
     from rlheals.profiles import Run
     try:
-        if figure not in FIGURES: raise ValueError(f"there is no figure {figure!r}: use one of {', '.join(FIGURES)}")
+        check_figure(figure)
         run = Run(profile, tuple(set), 0, runs, task)
         run.config
         folder = chain.figures_dir(run, figure)
@@ -306,9 +300,7 @@ def docs(
     "The notebooks as a site, with an API page per module and search; every link is checked."
     from rlheals import site
     try: folder, made, broken = site.build_site(out or None)
-    except site.SiteError as e:
-        typer.secho(f'error: {e}', fg='red', err=True)
-        raise typer.Exit(1)
+    except site.SiteError as e: _fail(e, 1)
     for page, link, why in broken: typer.secho(f'{page}: {link}: {why}', fg='red', err=True)
     if broken: raise typer.Exit(1)
     typer.echo(f'{len(made.pages)} notebooks, no broken link: {os.path.relpath(folder)}/index.html')

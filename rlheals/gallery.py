@@ -108,9 +108,10 @@ def story(
     import pandas as pd
     folder = Path(folder)
     best = pd.read_csv(folder/'F1.csv').query("seed == 'all' and stage == 'sft'").iloc[0]
+    ledger = pd.read_csv(folder/'ledger.csv') if (folder/'ledger.csv').exists() else None
     out = [f"Below, in the run whose figures are kept here: {best['n'] // best['seeds']:.0f} episodes per split, {best['seeds']} seed{'s' if best['seeds'] > 1 else ''}; 95 % intervals in brackets."]
     for figure, question, claim in STORY:
-        verdict = verdicts(figure, pd.read_csv(folder/'ledger.csv'))[claim].get(HOME, '') if (folder/'ledger.csv').exists() else ''
+        verdict = verdicts(figure, ledger)[claim].get(HOME, '') if ledger is not None else ''
         out += [f'**{question}** The paper ({claim}): {CLAIMS[claim].says}. ' + f'Here: {verdict}. ' * bool(verdict) + reading(figure, pd.read_csv(folder/f'{figure}.csv')), f'![{TITLES[figure]}]({link}/{figure}.png)']
     tasks = pd.read_csv(folder/'F5.csv')
     return '\n\n'.join(out + ([f'**And on other tasks?** {reading("F5", tasks)}'] if tasks.task.nunique() > 1 else []))

@@ -9,7 +9,7 @@ __all__ = ['READINGS', 'spoken', 'reading', 'show', 'stage_reading']
 import math
 from .beyond_figures import preserve_reading, warning_reading
 from .condition_figures import reading_of_conditions
-from .figures import draw
+from .figures import check_figure, draw
 from .model_figures import KIND_NAMES
 from .plots import BASELINES, EDITS, TASK_NAMES
 
@@ -32,13 +32,17 @@ def _all(data, **where):  # the rows over all seeds, as a list of dicts
     for column, value in where.items(): d = d[d[column].isin(value if isinstance(value, tuple) else (value,))]
     return d.to_dict('records')
 
+def _by_checkpoint(data, **where): return {int(r['checkpoint']): r for r in _all(data, **where)}
+
+def _best(by): return max(by, key=lambda c: (by[c]['mean'], -c))  # checkpoint with the highest mean, the earliest of several
+
 def _names(values): return ', '.join(map(str, values)) or 'none'
 
 # %% ../nbs/18a_readings.ipynb #cec7bde2
 def _f1(data):
-    sft = {int(r['checkpoint']): r for r in _all(data, stage='sft')}
+    sft = _by_checkpoint(data, stage='sft')
     rl = _all(data, stage='rl')
-    best, last = max(sft, key=lambda c: (sft[c]['mean'], -c)), max(sft)
+    best, last = _best(sft), max(sft)
     up, down = ([int(r['checkpoint']) for r in rl if r['excludes_0'] is True and sign * r['difference'] > 0] for sign in (1, -1))
     out = f"OOD accuracy is highest after {best} steps of SFT, {spoken(sft[best])}" + (f", and {spoken(sft[last])} after {last}." if last != best else ', which is its end.')
     if ends := [r for r in rl if r['checkpoint'] == last]: out += f' RL from the last checkpoint ends at {spoken(ends[0])}.'
@@ -49,14 +53,14 @@ def _f1(data):
     return out + f" As much training without RL, from the last checkpoint: {', '.join(others)}." * bool(others)
 
 def _f2(data):
-    id_, ood = ({int(r['checkpoint']): r for r in _all(data, split=s)} for s in ('id', 'ood'))
-    best, last = max(ood, key=lambda c: (ood[c]['mean'], -c)), max(ood)
+    id_, ood = (_by_checkpoint(data, split=s) for s in ('id', 'ood'))
+    best, last = _best(ood), max(ood)
     if best == last: return f'OOD accuracy is highest at the end of SFT, after {last} steps: {spoken(ood[last])}; ID accuracy is {spoken(id_[last])} there.'
     return (f"From the checkpoint with the best OOD accuracy, step {best}, to the end of SFT, step {last}, OOD accuracy goes from {spoken(ood[best])} to {spoken(ood[last])} "
             f"and ID accuracy from {spoken(id_[best])} to {spoken(id_[last])}.")
 
 def _f3(data):
-    by = {s: {int(r['checkpoint']): r for r in _all(data, split=s)} for s in ('train', 'id', 'ood')}
+    by = {s: _by_checkpoint(data, split=s) for s in ('train', 'id', 'ood')}
     best = next(int(r['checkpoint']) for r in _all(data) if r['best_ood'])
     last = max(by['id'])
     name = dict(train='train', id='ID test', ood='OOD test')
@@ -85,7 +89,7 @@ def _f5(data):
 
 # %% ../nbs/18a_readings.ipynb #78645fcc
 def _f6(data):
-    above, skew = ({int(r['checkpoint']): r for r in _all(data, what=w)} for w in ('above_zero', 'skewness'))
+    above, skew = (_by_checkpoint(data, what=w) for w in ('above_zero', 'skewness'))
     first, last, even = min(skew), max(skew), min(skew, key=lambda c: abs(skew[c]['mean']))
     return (f"From the first start of RL (step {first}) to the last ({last}) the share of advantages above zero goes from {spoken(above[first])} to {spoken(above[last])} and "
             f"their skewness from {spoken(skew[first], 1, '', 2)} to {spoken(skew[last], 1, '', 2)}; it is nearest to 0 from step {even}, {spoken(skew[even], 1, '', 2)}.")
@@ -113,6 +117,9 @@ def _label(edit): return EDITS[edit][0].replace(' (control)', '')
 def _ends(data, split='ood'):  # target, donor
     return [_all(data, split=split, edit=e)[0] for e in ('none', 'donor')]
 
+def _controls(data, **where):  # OOD accuracy of each control, in words
+    return ', '.join(f'{_label(e)} {spoken(r)}' for e in EDITS if e not in ('directions', 'both') for r in _all(data, split='ood', edit=e, **where))
+
 def _by_share(data, story):
     target, donor = _ends(data)
     ours = sorted((r for r in _all(data, split='ood', edit='directions')), key=lambda r: r['share'])
@@ -120,8 +127,8 @@ def _by_share(data, story):
     part = lambda r: f", {100 * (r['mean'] - target['mean']) / gap:.0f} % of the way to the donor" if gap > .02 else ''
     out = f"OOD accuracy of the target is {spoken(target)}, of the donor {spoken(donor)}. {story} at {100 * whole['share']:.0f} % of the rank: {spoken(whole)}{part(whole)}"
     if len(ours) > 1: out += f"; at {100 * ours[0]['share']:.0f} %: {spoken(ours[0])}{part(ours[0])}"
-    others = [f'{_label(e)} {spoken(o)}' for e in EDITS if e not in ('directions', 'both') for o in _all(data, split='ood', edit=e) if o['share'] == ours[0]['share']]
-    return out + f". Controls at {100 * ours[0]['share']:.0f} %: {', '.join(others)}" * bool(others) + '.'
+    others = _controls(data, share=ours[0]['share'])
+    return out + f". Controls at {100 * ours[0]['share']:.0f} %: {others}" * bool(others) + '.'
 
 def _f10(data): return _by_share(data, "The donor's directions put back,")
 
@@ -130,9 +137,9 @@ def _f12(data): return _by_share(data, "SFT's directions imposed on the model af
 def _f11(data):
     target, donor = _ends(data)
     best = max(_all(data.dropna(subset='layers'), split='ood', edit='directions'), key=lambda r: r['mean'])
-    others = [f'{_label(e)} {spoken(o)}' for e in EDITS if e not in ('directions', 'both') for o in _all(data, split='ood', edit=e, layers=best['layers'])]
+    others = _controls(data, layers=best['layers'])
     return (f"OOD accuracy of the target is {spoken(target)}, of the donor {spoken(donor)}. The donor's directions help most in layers {best['layers']}: {spoken(best)}"
-            + f" (the best of several: chosen after the fact). There: {', '.join(others)}" * bool(others) + '.')
+            + f" (the best of several: chosen after the fact). There: {others}" * bool(others) + '.')
 
 # %% ../nbs/18a_readings.ipynb #af14cedc
 def _f13(data):
@@ -155,22 +162,19 @@ def _s1(data):
     say = lambda r: f"{TASK_NAMES.get(r['task'], r['task'])}, {name[r['stage']]}: {spoken(r, 1, '', 2, 'rise_', 'rise')}"
     return 'Reward per answer, last quarter of the updates less the first. ' + '; '.join(map(say, known)) + '.'
 
-def _s2(data): return reading_of_conditions(data)
-
 def _s3(data): return preserve_reading(data[data.what == 'test'])
 
 def _s4(data): return warning_reading(data[data.what == 'score'].fillna(dict(metric='')))  # a CSV has no empty string
 
 # %% ../nbs/18a_readings.ipynb #62bc5b3e
-READINGS = dict(F1=_f1, F2=_f2, F3=_f3, F4=_f4, F5=_f5, F6=_f6, F7=_f7, F8=_f8, F9=_f9, F10=_f10, F11=_f11, F12=_f12, F13=_f13, F14=_f14, S1=_s1, S2=_s2, S3=_s3, S4=_s4)
+READINGS = dict(F1=_f1, F2=_f2, F3=_f3, F4=_f4, F5=_f5, F6=_f6, F7=_f7, F8=_f8, F9=_f9, F10=_f10, F11=_f11, F12=_f12, F13=_f13, F14=_f14, S1=_s1, S2=reading_of_conditions, S3=_s3, S4=_s4)
 
 def reading(
     figure: str,  # like `F1`
     data,  # the table behind it: what `draw` returns, or `<figure>.csv` read by pandas
 ) -> str:
     "What a figure shows, in words (Markdown), computed from the table behind it."
-    if figure not in READINGS: raise ValueError(f"there is no figure {figure!r}: use one of {', '.join(READINGS)}")
-    return READINGS[figure](data)
+    return READINGS[check_figure(figure)](data)
 
 def show(
     figure: str,
@@ -201,10 +205,10 @@ def _evaluate(table):
     said = summarise(table[(table.metric == 'success') & table.split.isin(['id', 'ood'])], ['stage', 'checkpoint', 'split'])
     out = []
     for stage, d in said.groupby('stage', sort=False):
-        at = {(r['split'], r['checkpoint']): r for r in d.to_dict('records')}
-        best = max((c for s, c in at if s == 'ood'), key=lambda c: (at['ood', c]['mean'], -c))
+        id_, ood = (_by_checkpoint(d, split=s) for s in ('id', 'ood'))
+        best = _best(ood)
         name = BASELINES[stage][0] if stage in BASELINES else stage.upper()
-        out.append(f"{name}: the best OOD accuracy is {spoken(at['ood', best])}, {'after' if stage == 'sft' else 'from'} step {best} (ID there {spoken(at['id', best])})")
+        out.append(f"{name}: the best OOD accuracy is {spoken(ood[best])}, {'after' if stage == 'sft' else 'from'} step {best} (ID there {spoken(id_[best])})")
     return '. '.join(out) + '.'
 
 _STAGES = dict(sft=_sft, rl=_rl, grpo=_rl, evaluate=_evaluate, baselines=_evaluate)

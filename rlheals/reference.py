@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'REPORTED', 'reported', 'reference']
 
 # %% ../nbs/17g_reference.ipynb #a6514488
-from .plots import ID, MUTED, OOD, RL, SFT, STYLE, percent_axis, steps_axis, top_legend
+from .plots import ID, MUTED, OOD, RL, SFT, STYLE, TASK_NAMES, percent_axis, steps_axis, top_legend
 
 # %% ../nbs/17g_reference.ipynb #91b7318c
 SOURCES = {
@@ -68,13 +68,12 @@ def _f4(ax, d):
     steps_axis(ax, d.checkpoint, log=False); percent_axis(ax, 'answers (%)')
 
 def _f5(ax, d):
-    names = {'general_points': 'GeneralPoints', 'navigation': 'Navigation'}
-    rows = [(t, e) for t in names for e in _ENDS]
+    rows = [(t, e) for t in dict.fromkeys(d.task) for e in _ENDS]
     for (model, split), part in d.groupby(['model', 'split']):
         shift = {'LLaMA': -.13, 'Qwen': .13}[model]
         y = [rows.index(r) + shift for r in zip(part.task, part.what)]
         ax.plot(part.value, y, _MARKS[model], ls='', ms=4.2, mfc='none', mec=dict(id=ID, ood=OOD)[split], mew=1.1, label=f'{model}, {split.upper()}')
-    ax.set_yticks(range(len(rows)), [f'{names[t]}, {e}' for t, e in rows]); ax.invert_yaxis(); ax.set(xlabel='accuracy (%)', xlim=(0, 100)); ax.grid(axis='y', visible=False)
+    ax.set_yticks(range(len(rows)), [f'{TASK_NAMES[t]}, {e}' for t, e in rows]); ax.invert_yaxis(); ax.set(xlabel='accuracy (%)', xlim=(0, 100)); ax.grid(axis='y', visible=False)
 
 def _restored(ax, d):
     _mark(ax, d, 'share', '#882E72', label=d.what.iloc[0])

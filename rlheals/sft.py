@@ -42,7 +42,7 @@ def train_sft(
     on_checkpoint=lambda step, model: None,  # called at each checkpoint with the model as it is
     progress=lambda done, total: None,  # called after each step
     penalty=None,  # model -> scalar that is added to the loss of each step; the table's losses are without it
-    log=None,  # takes a step and a dict of what to follow there (see `tracker`)
+    track=None,  # takes a step and a dict of what to follow there (see `tracker`)
 ):
     "Fine-tune in place; a table of losses: columns split, checkpoint, metric, value."
     import pandas as pd
@@ -58,7 +58,7 @@ def train_sft(
             if trainer.is_world_process_zero():
                 plain = trainer.accelerator.unwrap_model(trainer.model)
                 rows.extend(dict(split=name, stage='sft', checkpoint=step, metric='loss', value=mean_loss(plain, trainer.eval_dataset[name], trainer.data_collator)) for name in tests)
-                if log: log(step, {f"{r['split']}_loss": r['value'] for r in rows if r['checkpoint'] == step})
+                if track: track(step, {f"{r['split']}_loss": r['value'] for r in rows if r['checkpoint'] == step})
                 on_checkpoint(step, plain)
             trainer.accelerator.wait_for_everyone()
 
@@ -66,7 +66,7 @@ def train_sft(
             if 0 in c['checkpoints']: self.look(0)
 
         def on_log(self, args, state, control, logs, **kw):
-            if log and trainer.is_world_process_zero(): log(state.global_step, logs)
+            if track and trainer.is_world_process_zero(): track(state.global_step, logs)
 
         def on_step_end(self, args, state, control, **kw):
             progress(state.global_step, args.max_steps)
@@ -82,7 +82,7 @@ def train_sft(
             output_dir=scratch, max_steps=c['max_steps'], per_device_train_batch_size=c['batch_size'] // n,
             learning_rate=c['learning_rate'], lr_scheduler_type=c['schedule'], warmup_steps=c['warmup_steps'], weight_decay=c['weight_decay'],
             optim='adamw_torch_fused', completion_only_loss=True, packing=False, max_length=1024, seed=seed, data_seed=seed,
-            save_strategy='no', eval_strategy='no', logging_strategy='steps' if log else 'no', logging_steps=10, report_to='none', disable_tqdm=True,
+            save_strategy='no', eval_strategy='no', logging_strategy='steps' if track else 'no', logging_steps=10, report_to='none', disable_tqdm=True,
             activation_checkpointing=False, use_cpu=model.device.type == 'cpu', bf16=False, dataloader_pin_memory=False)
         trainer = (Penalised if penalty else SFTTrainer)(model, args, train_dataset=train, eval_dataset=tests, processing_class=tokenizer, callbacks=[Checkpoints()])
         trainer.remove_callback(PrinterCallback)  # what it would print is in the table
@@ -111,9 +111,9 @@ def sft_stage(
     model, tok = load_model(run.base, run.config['model']['device'], run.config['model']['dtype'])
     model = add_lora(model, **run.config['lora'], seed=run.seed)
     pairs, train, tests = sft_data(run, tok)
-    with tracker(run, 'sft') as log:
+    with tracker(run, 'sft') as track:
         losses = train_sft(model, tok, train, tests, c, hash64(run.seed, 'sft') % 2**31,
-                           lambda step, m: save_model(m, tok, run.checkpoint('sft', step)), progress, log=log)
+                           lambda step, m: save_model(m, tok, run.checkpoint('sft', step)), progress, track=track)
     if losses.empty: return  # another process has them
     losses.insert(1, 'problems', losses['split'].map({s: fingerprint([p for p, _ in ps]) for s, ps in pairs.items()}))
     return run.save(losses, 'losses')
