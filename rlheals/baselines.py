@@ -9,7 +9,8 @@ __all__ = ['METHODS', 'budget', 'even', 'right_answers', 'conversations', 'more_
 # %% ../nbs/13b_baselines.ipynb #5e89534b
 from .evaluate import evaluate_run
 from .grpo import training_problems
-from .models import complete, load_model, merged, set_up_torch
+from .files import complete, damaged, remove
+from .models import load_model, merged, set_up_torch
 from .ppo import load_start
 from .profiles import Run, decisive
 from .rollout import answer_all
@@ -133,15 +134,16 @@ def baselines_stage(
     for method, start in todo:
         make, name = _end(run, method, start)
         part = run.path('partial', name)  # goes when the table is there
+        if damaged(part): remove(part)
         if not part.exists():
             model, tok, kept = make()
             seen = evaluate_run(run, model, tok)
             kept = pd.DataFrame([dict(split='train', problems='', episode=k, metric=m, value=float(v)) for k, m, v in kept])
             seen = pd.concat([seen, kept], ignore_index=True) if len(kept) else seen
             seen.insert(0, 'stage', method); seen.insert(1, 'checkpoint', start)
-            with complete(part) as tmp: seen.to_parquet(tmp, index=False)
+            with complete(part, sealed=True) as tmp: seen.to_parquet(tmp, index=False)
         tables.append(pd.read_parquet(part))
         progress(len(tables), len(todo))
     table = run.save(pd.concat(tables, ignore_index=True), 'baselines')
-    for old in run.path('partial').glob('baselines-*.parquet'): old.unlink()
+    for old in run.path('partial').glob('baselines-*.parquet'): remove(old)
     return table

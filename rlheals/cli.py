@@ -31,6 +31,7 @@ def reproduce(
     seeds: Annotated[int, typer.Option(help='Independent seeds; figures show their mean and spread.', min=1)] = 1,
     figure: Annotated[list[str], typer.Option('--figure', metavar='NAME', help='Make only this figure and what it needs, like F1; may be repeated.')] = [],
     dry_run: Annotated[bool, typer.Option('--dry-run', help='Only list the jobs and estimate their time.')] = False,
+    repair: Annotated[bool, typer.Option('--repair', help='Delete finished files that are damaged, and make them again.')] = False,
     log: Annotated[str, typer.Option(metavar='NAME', help='Also log training to tensorboard (files in tensorboard/ inside the run), trackio or wandb.')] = '',
     runs: Annotated[Path, typer.Option(help='Directory of all runs.')] = Path('runs'),
 ):
@@ -45,9 +46,10 @@ def reproduce(
         for r in chain.variants(run, 1, tasks): r.config
         targets = _pictures(run, tasks, figure, seeds)
         if dry_run: return _dry_run(run, seeds, targets, tasks, jobs or os.cpu_count(), console)
-        done = chain.execute(run, seeds, jobs or None, targets, tasks, say=lambda line: print(line, flush=True), live=console.is_terminal)
+        done = chain.execute(run, seeds, jobs or None, targets, tasks, say=lambda line: print(line, flush=True), live=console.is_terminal, repair=repair)
     except ValueError as e: _fail(e)
     except chain.ChainError as e: _fail(e, 1)
+    except KeyboardInterrupt: _fail('stopped: what is finished is kept, and the same command goes on from there', 130)
     if done: typer.echo(f'{done} jobs done. Figures: {os.path.relpath(chain.figures_dir(run, "F5"))}  Everything else: {os.path.relpath(run.dir)}')
 
 def _pictures(run, tasks, names, seeds):  # files of the figures asked for; of those made on request also the tables behind them, which nothing else asks for
@@ -188,7 +190,9 @@ def status(
     from rich.console import Console
     from rich.table import Table
     from rlheals.profiles import Run
-    from rlheals.status import ON_REQUEST, age, holder, ranges, size, status
+    from rlheals.files import size
+    from rlheals.guard import holder
+    from rlheals.status import ON_REQUEST, age, ranges, status
     names, console = _tasks(task), Console()
     run = Run(profile, tuple(set), 0, runs, (names or ['general_points'])[0])
     try: found = status(run, names)
@@ -201,7 +205,7 @@ def status(
             done = ' '.join(k + ranges(int(f[1:]) for f in r['done'] if f[0] == k) for k in 'FS' if any(f[0] == k for f in r['done'])) if r['stage'] == 'figures' else ranges(r['done'])
             table.add_row(t if i == 0 else '', r['stage'], done, ranges(r['begun']), str(r['files']), size(r['bytes']), age(time.time() - r['newest']), end_section=i == len(rows) - 1)
     console.print(table)
-    if who := holder(run): console.print(f'process {who} is working on it')
+    if who := holder(run.dir): console.print(f"process {who['pid']} on {who['host']} is working on it")
 
 @app.command()
 def show(
@@ -280,7 +284,7 @@ def test():
     from rlheals.chain import PAPER
     env = os.environ | dict(HF_HUB_OFFLINE='1')
     bin = Path(sys.executable).parent
-    commands = [[str(bin/'nbdev_test'), '--n_workers', '2', '--do_print'], [sys.executable, '-m', 'pytest', 'tests']]
+    commands = [[str(bin/'nbdev_test'), '--n_workers', '2', '--do_print'], [sys.executable, '-m', 'pytest', 'tests', '-m', 'not long and not hours']]
     codes = [subprocess.run(c, cwd=PAPER.parents[1], env=env).returncode for c in commands]
     raise typer.Exit(max(codes))
 

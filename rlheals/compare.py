@@ -10,7 +10,8 @@ import json
 from functools import partial
 from pathlib import Path
 from .drift import drift_tables, look
-from .models import complete, encode, generate, pick_device, set_up_torch
+from .files import complete
+from .models import encode, generate, pick_device, set_up_torch
 from .spectra import PARTS, angles_rows, energy_rows, full_precision, principal_angles, rank_of_share, rotation_split, spectra_rows, subspace_distance, svd, tabulate
 from .surgery import Surgery
 from .tasks import hash64

@@ -13,7 +13,8 @@ from html import escape
 from pathlib import Path
 import numpy as np
 from .evaluate import evaluation_parts
-from .models import complete, load_model, pick_device, set_up_torch
+from .files import complete
+from .models import load_model, pick_device, set_up_torch
 from .plots import EDITS, MUTED, RL, SFT, SPLITS, STYLE, TASK_NAMES, percent_axis, rows, steps_axis
 from .profiles import Run
 from .rollout import play

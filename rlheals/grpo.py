@@ -8,9 +8,10 @@ __all__ = ['training_problems', 'train_grpo', 'grpo_stage']
 # %% ../nbs/12_grpo.ipynb #c9b7fcd3
 import tempfile
 import numpy as np
-from .models import set_up_torch
+from .files import need_room
+from .models import check_gradient, halving, set_up_torch, weight_bytes
 from .ppo import keep_end, load_start
-from .profiles import Run, tracker
+from .profiles import Run, keep_stopped, tracker
 from .tasks import Task, hash64, seeded, steps
 
 # %% ../nbs/12_grpo.ipynb #70be7ee7
@@ -34,8 +35,9 @@ def train_grpo(
     seed: int = 0,
     progress=lambda done, total: None,  # called after each update
     track=None,  # takes a step and a dict of what to follow there (see `tracker`)
+    micro_batch: int = 0,  # responses that go through the model at a time (0: the minibatch)
 ):
-    "GRPO in place; the log: one row per update and metric."
+    "GRPO in place; the log: one row per update and metric. A gradient that is not finite is a `FloatingPointError`, and the weights are left as they were before it."
     import pandas as pd
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
@@ -43,6 +45,7 @@ def train_grpo(
     c, chat, rows = settings, bool(tokenizer.chat_template), []
     if c['responses'] % c['minibatch'] or c['minibatch'] % c['generations']:
         raise ValueError(f"grpo.responses={c['responses']} must be a multiple of grpo.minibatch={c['minibatch']}, and that of grpo.generations={c['generations']}")
+    micro_batch = micro_batch or c['minibatch']
     per_update = c['responses'] // c['minibatch'] * c['epochs']  # optimiser steps
     problems = training_problems(task, c['updates'] * c['responses'] // c['generations'], seed)
     as_turn = lambda text: [dict(role='user', content=text)] if chat else text
@@ -64,12 +67,15 @@ def train_grpo(
             rows.extend(dict(update=update, metric=k, value=v) for k, v in got.items())
             if track: track(state.global_step, got)
 
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kw):
+            check_gradient(model, f'GRPO step {state.global_step}', f"lower grpo.learning_rate={c['learning_rate']}")
+
         def on_step_end(self, args, state, control, **kw):
             if state.global_step % per_update == 0: progress(state.global_step // per_update, c['updates'])
 
     with tempfile.TemporaryDirectory() as scratch:
         args = GRPOConfig(
-            output_dir=scratch, max_steps=c['updates'] * per_update, per_device_train_batch_size=c['minibatch'], generation_batch_size=c['responses'],
+            output_dir=scratch, max_steps=c['updates'] * per_update, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=c['minibatch'] // micro_batch, generation_batch_size=c['responses'],
             num_generations=c['generations'], num_iterations=c['epochs'], max_completion_length=max_new_tokens, temperature=c['temperature'],
             learning_rate=c['learning_rate'], lr_scheduler_type=c['schedule'], epsilon=c['clip'], beta=c['beta'], max_grad_norm=c['max_grad_norm'],
             adam_epsilon=c['adam_eps'], weight_decay=0., seed=seed, data_seed=seed, shuffle_dataset=False, logging_steps=1,
@@ -87,9 +93,13 @@ def grpo_stage(
 ):
     "GRPO from one SFT checkpoint of a run: writes the checkpoint and the table `grpo-*`."
     c = run.config
-    set_up_torch(c['grpo']['threads'], seed=run.seed)
-    model, tok = load_start(run, start)
-    with tracker(run, f'grpo-{start:06d}') as track:
-        log = train_grpo(model, tok, run.task(), c['grpo'], c['model']['max_new_tokens'], hash64(run.seed, 'grpo', start) % 2**31, progress, track)
+    name = f'grpo-{start:06d}'
+    def attempt(rows):
+        set_up_torch(c['grpo']['threads'], seed=run.seed)
+        model, tok = load_start(run, start)
+        need_room(run.dir, 2 * weight_bytes(model), f'the checkpoint of {name}')
+        with tracker(run, name) as track, keep_stopped(run, name, model, tok):
+            return train_grpo(model, tok, run.task(), c['grpo'], c['model']['max_new_tokens'], hash64(run.seed, 'grpo', start) % 2**31, progress, track, rows), model, tok
+    (log, model, tok), _ = halving(attempt, c['grpo']['minibatch'], 'GRPO begins anew, and')
     keep_end(run, 'grpo', start, model, tok, grpo=log)
     return log

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from .chain import HOME, TABLES, execute, figures_dir, load_tables, provenance, seeds_done, tables_of, variants
 from .claims import CLAIMS, NEEDS, arrays, ledger_rows
-from .models import complete
+from .files import complete, record_outputs
 from .plots import TASK_NAMES
 from .profiles import Run
 from .tasks import TASKS
@@ -147,11 +147,13 @@ def save_ledger(
     folder, (claims, parts) = figures_dir(replace(run, task_name=HOME)), judge_tasks(data)
     record = provenance(run, [p for t, n in seeds.items() for p in claim_inputs(run, n, [t])], seeds) | dict(chooses=[0])
     record['settings'] = {t: replace(run, task_name=t).config for t in seeds}
-    for name, text in (('ledger.csv', claims.to_csv(index=False, lineterminator='\n')), ('ledger_parts.csv', parts.to_csv(index=False, float_format='%.6g', lineterminator='\n')),
-                       ('ledger.md', markdown(claims)), ('ledger.json', json.dumps(record, indent=1, sort_keys=True) + '\n')):
-        with complete(folder/name) as tmp: tmp.write_text(text)
     with complete(folder/'ledger.npz') as tmp:
         with open(tmp, 'wb') as file: np.savez_compressed(file, **{f'{t}/{k}': np.asarray(v) for t, d in data.items() for k, v in d.items()})
+    for name, text in (('ledger.csv', claims.to_csv(index=False, lineterminator='\n')), ('ledger_parts.csv', parts.to_csv(index=False, float_format='%.6g', lineterminator='\n')),
+                       ('ledger.md', markdown(claims))):
+        with complete(folder/name) as tmp: tmp.write_text(text)
+    record['outputs'] = record_outputs(folder/name for name in ('ledger.csv', 'ledger_parts.csv', 'ledger.md', 'ledger.npz'))
+    with complete(folder/'ledger.json') as tmp: tmp.write_text(json.dumps(record, indent=1, sort_keys=True) + '\n')
     return folder
 
 def read_published(

@@ -10,7 +10,7 @@ __all__ = ['ID', 'OOD', 'SFT', 'RL', 'MUTED', 'TASK_NAMES', 'SPLITS', 'EDITS', '
 import functools, json
 from pathlib import Path
 import numpy as np
-from .models import complete
+from .files import complete, record_outputs
 from .stats import summarise
 
 # %% ../nbs/17_plots.ipynb #471b21b6
@@ -139,7 +139,7 @@ def save(
     provenance: dict,  # what the numbers come from; anything JSON can hold
     dpi: int = 160,
 ):
-    "Write `.png`, `.svg`, `.csv` and `.json`, each complete or not at all; the same input gives the same bytes."
+    "Write `.png`, `.svg`, `.csv` and `.json`, each complete or not at all; the same input gives the same bytes. The record (JSON) is the provenance and, as `outputs`, the SHA-256 of the others."
     import matplotlib.pyplot as plt
     stem = Path(path_stem)
     def path(suffix): return stem.with_name(f'{stem.name}.{suffix}')
@@ -147,4 +147,5 @@ def save(
         with complete(path('png')) as tmp: fig.savefig(tmp, dpi=dpi, metadata=dict(Software=None))
         with complete(path('svg')) as tmp: fig.savefig(tmp, metadata=dict(Date=None, Creator=None))
     with complete(path('csv')) as tmp: data.to_csv(tmp, index=False, float_format='%.6g', lineterminator='\n')
-    with complete(path('json')) as tmp: tmp.write_text(json.dumps(provenance, indent=1, sort_keys=True) + '\n')
+    record = provenance | dict(outputs=record_outputs(path(s) for s in ('png', 'svg', 'csv')))
+    with complete(path('json')) as tmp: tmp.write_text(json.dumps(record, indent=1, sort_keys=True) + '\n')

@@ -10,8 +10,9 @@ __all__ = ['LOGGED', 'gae', 'value_head', 'score', 'ppo_loss', 'collect', 'const
 import copy, math, time
 from pathlib import Path
 import numpy as np
-from .models import add_lora, complete, encode, is_lora, load_model, processes, save_model, set_up_torch, shared_start
-from .profiles import Run, launch, tracker
+from .files import complete, damaged, need_room, remove
+from .models import add_lora, check_finite, encode, halving, is_lora, load_model, processes, save_model, set_up_torch, shared_start, weight_bytes
+from .profiles import Run, keep_stopped, launch, tracker
 from .rollout import answer_all, vllm_engine
 from .tasks import Episode, Task, hash64, seeded, steps
 
@@ -52,8 +53,14 @@ def score(
     "(log-probability (B,) summed over the answer, mean entropy (B,) of its tokens, value (B,) or None)."
     import torch
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]) + len(answers[i]))
-    parts = [_score(model, head, [contexts[i] for i in part], [answers[i] for i in part], temperature)
-             for part in (order[lo:lo + rows] for lo in range(0, len(order), rows))]
+    parts, lo, rows = [], 0, min(rows, max(len(order), 1))
+    def part(n):
+        these = order[lo:lo + n]
+        return _score(model, head, [contexts[i] for i in these], [answers[i] for i in these], temperature)
+    while lo < len(order):
+        got, rows = halving(part, rows, 'scoring')
+        parts.append(got)
+        lo += rows
     back = torch.tensor(order, device=model.device).argsort()
     return tuple(torch.cat(p)[back] if p[0] is not None else None for p in zip(*parts))
 
@@ -171,24 +178,38 @@ def describe(
 
 def _improve(model, head, opt, b, order, c):  # one epoch over an update's actions; what to log, per minibatch
     import torch
-    everything, stats, us = [p for group in opt.param_groups for p in group['params']], [], processes()
+    everything, stats, us, lower = [p for group in opt.param_groups for p in group['params']], [], processes(), f"lower rl.learning_rate={c['learning_rate']}"
     for lo in range(0, len(order), c['minibatch']):
         mini = sorted(order[lo:lo + c['minibatch']], key=lambda k: len(b['contexts'][k]) + len(b['answers'][k]))  # like lengths together
-        mine, stat = mini[us.process_index::us.num_processes], {}
-        opt.zero_grad()
-        for at in range(0, len(mine), c['micro_batch']):  # gradients add up over micro-batches, so memory does not grow with the minibatch
-            i = mine[at:at + c['micro_batch']]
-            now = score(model, head, [b['contexts'][k] for k in i], [b['answers'][k] for k in i], c['temperature'], c['micro_batch'])
-            loss, part = ppo_loss(*now, b['logp'][i], b['normalised'][i], b['returns'][i], b['value'][i], c)
-            if not math.isfinite(loss.item()): raise FloatingPointError(f'the PPO loss is {loss.item()}: lower rl.learning_rate={c["learning_rate"]}')
-            (loss * len(i) / len(mini)).backward()
-            for k, v in part.items(): stat[k] = stat.get(k, 0.) + v * len(i) / len(mini)
+        mine = mini[us.process_index::us.num_processes]
+        def gradient(rows):  # adds up over micro-batches, so memory does not grow with the minibatch
+            opt.zero_grad()
+            stat = {}
+            for at in range(0, len(mine), rows):
+                i = mine[at:at + rows]
+                now = score(model, head, [b['contexts'][k] for k in i], [b['answers'][k] for k in i], c['temperature'], rows)
+                loss, part = ppo_loss(*now, b['logp'][i], b['normalised'][i], b['returns'][i], b['value'][i], c)
+                check_finite(loss.item(), 'the PPO loss', lower)
+                (loss * len(i) / len(mini)).backward()
+                for k, v in part.items(): stat[k] = stat.get(k, 0.) + v * len(i) / len(mini)
+            return stat
+        stat, c['micro_batch'] = halving(gradient, c['micro_batch'], 'PPO')  # what fits is kept for the rest of the training
         if us.num_processes > 1:
             for p in everything: p.grad = _sum(torch.zeros_like(p) if p.grad is None else p.grad)
             stat = dict(zip(LOGGED, _sum(torch.tensor([stat.get(k, 0.) for k in LOGGED], device=model.device)).tolist()))
         stat['gradient_norm'] = torch.nn.utils.clip_grad_norm_(everything, c['max_grad_norm']).item()
+        check_finite(stat['gradient_norm'], 'the norm of the PPO gradient', lower)
         opt.step(); stats.append(stat)
     return stats
+
+def _kept(state_file):  # the state of a run that was broken off; one that is damaged is none: training begins anew
+    import torch
+    if not state_file or not Path(state_file).exists(): return {}
+    try:
+        if not damaged(state_file): return torch.load(state_file, weights_only=True)
+    except Exception: pass  # torch and pickle have a class each for what can be wrong
+    print(f'{state_file} is damaged: training begins anew')
+    return {}
 
 def train_ppo(
     model, tokenizer, task: Task,
@@ -217,7 +238,7 @@ def train_ppo(
     def draw(i):  # the next problem of an environment
         drawn[i] += 1
         return task.sample(seeded(seed, 'ppo problem', i, drawn[i]), 'train')
-    state = torch.load(state_file, weights_only=True) if state_file and Path(state_file).exists() else {}
+    state = _kept(state_file)
     if state.get('key') == key:
         for part, has in (('model', model), ('head', head), ('opt', opt), ('schedule', schedule)): has.load_state_dict(state[part])
         done, log, actions, drawn = state['done'], state['log'], state['actions'], [n - 1 for n in state['drawn']]
@@ -255,7 +276,7 @@ def train_ppo(
         if state_file and update + 1 < c['updates']:
             theirs = _together(dict(drawn=drawn[first:end], answers=[e.answers for e in episodes]), 1)
             if us.is_main_process:
-                with complete(state_file) as tmp:
+                with complete(state_file, sealed=True) as tmp:
                     torch.save(theirs | dict(key=key, done=update + 1, model=model.state_dict(), head=head.state_dict(), opt=opt.state_dict(),
                                              schedule=schedule.state_dict(), log=log, actions=actions), tmp)
         progress(update + 1, c['updates'])
@@ -307,13 +328,14 @@ def rl_stage(
     if launch(run, 'rl', '--start', start): return run.load(name)
     set_up_torch(c['rl']['threads'])
     model, tok = load_start(run, start)
+    need_room(run.dir, 9 * weight_bytes(model), f'the state and the checkpoint of {name}')  # the state: weights and two moments, twice while one replaces the other
     state_file = run.path('partial', f'{name}.pt')  # goes when the checkpoint is there
     ticks = [time.perf_counter()]
     def tick(done, total): ticks.append(time.perf_counter()); progress(done, total)
-    with tracker(run, name) as track:
+    with tracker(run, name) as track, keep_stopped(run, name, model, tok):
         log, actions = train_ppo(model, tok, run.task(), c['rl'], c['model']['max_new_tokens'], hash64(run.seed, 'rl', start) % 2**31, tick, state_file, track)
     if processes().is_main_process:
         keep_end(run, 'rl', start, model, tok, rl=log, advantages=actions)
-        state_file.unlink(missing_ok=True)
+        remove(state_file)
         keep_speed(run, name, ticks, log[log['metric'] == 'response_tokens']['value'] * c['rl']['envs'] * c['rl']['turns'])
     return log

@@ -8,8 +8,9 @@ __all__ = ['mean_loss', 'train_sft', 'sft_data', 'sft_stage', 'base_stage']
 # %% ../nbs/09_sft.ipynb #823b5dfa
 import json, tempfile
 from pathlib import Path
-from .models import add_lora, complete, load_model, processes, save_model, set_up_torch
-from .profiles import Run, launch, tracker
+from .files import complete, need_room
+from .models import add_lora, check_finite, check_gradient, halving, load_model, processes, save_model, set_up_torch, weight_bytes
+from .profiles import Run, keep_stopped, launch, tracker
 from .tasks import examples, fingerprint, hash64
 from .views import as_dataset
 
@@ -44,7 +45,7 @@ def train_sft(
     penalty=None,  # model -> scalar that is added to the loss of each step; the table's losses are without it
     track=None,  # takes a step and a dict of what to follow there (see `tracker`)
 ):
-    "Fine-tune in place; a table of losses: columns split, checkpoint, metric, value."
+    "Fine-tune in place; a table of losses: columns split, checkpoint, metric, value. A batch that does not fit into memory is taken in parts, with the same result; a loss or gradient that is not finite is a `FloatingPointError`, and the weights are left as they were before it."
     import pandas as pd
     from datasets import disable_progress_bars
     from transformers import PrinterCallback, TrainerCallback
@@ -52,6 +53,8 @@ def train_sft(
     disable_progress_bars()  # of tokenizing: one bar is enough
     c, rows, n = settings, [], processes(model.device.type).num_processes
     if c['batch_size'] % n: raise ValueError(f"sft.batch_size={c['batch_size']} cannot be shared by {n} processes: choose a multiple of {n}")
+    if not len(train): raise ValueError('there is nothing to train on: the training set is empty (see sft.examples and the task)')
+    lower = f"lower sft.learning_rate={c['learning_rate']}"
 
     class Checkpoints(TrainerCallback):
         def look(self, step):
@@ -68,13 +71,35 @@ def train_sft(
         def on_log(self, args, state, control, logs, **kw):
             if track and trainer.is_world_process_zero(): track(state.global_step, logs)
 
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kw):
+            check_gradient(model, f'SFT step {state.global_step}', lower)
+
         def on_step_end(self, args, state, control, **kw):
             progress(state.global_step, args.max_steps)
             if state.global_step in c['checkpoints']: self.look(state.global_step)
 
-    class Penalised(SFTTrainer):
+    class Trainer(SFTTrainer):
+        rows, share = None, 1.  # how many of a batch go through the model at a time (all); the share of it that just does
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            step, size = super().training_step, len(inputs['input_ids'])
+            def gradient(rows):  # the loss is a sum over tokens, divided by those of the whole batch: gradients of parts add up to that of the whole
+                model.zero_grad()
+                total = 0.
+                for lo in range(0, size, rows):
+                    part = {k: v[lo:lo + rows] for k, v in inputs.items()}
+                    self.share = len(part['input_ids']) / size
+                    total = total + step(model, part, num_items_in_batch)
+                return total
+            if n == 1: loss, self.rows = halving(gradient, min(self.rows or size, size), 'SFT')
+            else: loss = step(model, inputs, num_items_in_batch)  # processes that share a batch must all take the same steps
+            check_finite(loss, f'the loss at SFT step {self.state.global_step}', lower)
+            return loss
+
         def compute_loss(self, model, *args, **kw):
-            got, more = super().compute_loss(model, *args, **kw), penalty(self.accelerator.unwrap_model(model))
+            got = super().compute_loss(model, *args, **kw)
+            if penalty is None: return got
+            more = penalty(self.accelerator.unwrap_model(model)) * self.share
             return (got[0] + more, *got[1:]) if isinstance(got, tuple) else got + more
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -84,7 +109,7 @@ def train_sft(
             optim='adamw_torch_fused', completion_only_loss=True, packing=False, max_length=1024, seed=seed, data_seed=seed,
             save_strategy='no', eval_strategy='no', logging_strategy='steps' if track else 'no', logging_steps=10, report_to='none', disable_tqdm=True,
             activation_checkpointing=False, use_cpu=model.device.type == 'cpu', bf16=False, dataloader_pin_memory=False)
-        trainer = (Penalised if penalty else SFTTrainer)(model, args, train_dataset=train, eval_dataset=tests, processing_class=tokenizer, callbacks=[Checkpoints()])
+        trainer = Trainer(model, args, train_dataset=train, eval_dataset=tests, processing_class=tokenizer, callbacks=[Checkpoints()])
         trainer.remove_callback(PrinterCallback)  # what it would print is in the table
         trainer.train()
     return pd.DataFrame(rows)
@@ -110,8 +135,9 @@ def sft_stage(
     set_up_torch(c['threads'], seed=run.seed)
     model, tok = load_model(run.base, run.config['model']['device'], run.config['model']['dtype'])
     model = add_lora(model, **run.config['lora'], seed=run.seed)
+    need_room(run.dir, (len(c['checkpoints']) + 1) * weight_bytes(model), 'the checkpoints of SFT')
     pairs, train, tests = sft_data(run, tok)
-    with tracker(run, 'sft') as track:
+    with tracker(run, 'sft') as track, keep_stopped(run, 'sft', model, tok):
         losses = train_sft(model, tok, train, tests, c, hash64(run.seed, 'sft') % 2**31,
                            lambda step, m: save_model(m, tok, run.checkpoint('sft', step)), progress, track=track)
     if losses.empty: return  # another process has them

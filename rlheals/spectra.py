@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from .evaluate import evaluation_parts
-from .models import complete, pick_device, set_up_torch
+from .files import complete, damaged
+from .models import pick_device, set_up_torch
 from .profiles import Run
 from .stats import landmarks
 from .weights import KINDS, Matrix, catalogues, finite, read
@@ -62,9 +63,9 @@ def decompose(
     key = hashlib.sha256(f'{tuple(W.shape)} {W.dtype} {dtype} '.encode())
     key.update(W.view(torch.uint8).numpy())
     file = Path(cache)/f'{key.hexdigest()[:40]}.safetensors'
-    if not file.exists():
+    if not file.exists() or damaged(file):  # or made anew: it is a cache
         U, S, Vt = svd(finite(W, f'{m.name!r} in {m.source!r}').to(device), dtype)
-        with complete(file) as tmp: save_file(dict(U=U.cpu().contiguous(), S=S.cpu(), Vt=Vt.cpu().contiguous()), tmp)
+        with complete(file, sealed=True) as tmp: save_file(dict(U=U.cpu().contiguous(), S=S.cpu(), Vt=Vt.cpu().contiguous()), tmp)
         return U, S, Vt
     kept = load_file(file, device=device)
     return kept['U'], kept['S'], kept['Vt']

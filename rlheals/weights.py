@@ -11,6 +11,7 @@ import json, re
 from collections import namedtuple
 from functools import lru_cache
 from pathlib import Path
+from .files import check
 from .models import ASSETS, attention, load_model, pick_device
 
 # %% ../nbs/14b_weights.ipynb #8dd5cbac
@@ -70,6 +71,7 @@ def _files(path):  # the safetensors files of a checkpoint
     if (index := path/'model.safetensors.index.json').is_file():
         files = [path/f for f in sorted(set(json.loads(index.read_text())['weight_map'].values()))]
     else: files = [path/'model.safetensors']
+    check(path)
     if missing := [f.name for f in files if not f.is_file()]:
         raise ValueError(f'{str(path)!r} has no {", ".join(missing)}: give a directory that save_pretrained wrote, with all its safetensors files')
     return files
@@ -97,7 +99,7 @@ def _gguf(path, changed):
     from gguf import GGUFReader, dequantize
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
-    try: config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    try: config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except Exception as e: raise ValueError(f'{str(path)!r} cannot be read as GGUF ({e}): transformers must know its architecture') from e
     with torch.device('meta'): model = AutoModelForCausalLM.from_config(config)
     processor = TENSOR_PROCESSORS.get(config.model_type, TensorProcessor)(config=config.to_dict())  # undoes what the format does to queries and keys
@@ -222,8 +224,8 @@ def open_model(
         _need_gguf(path)
         logging.disable_progress_bar()
         device = pick_device(device)
-        tok = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, padding_side='left')
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=getattr(torch, dtype), attn_implementation=attention(device))
+        tok = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, padding_side='left', trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=getattr(torch, dtype), attn_implementation=attention(device), trust_remote_code=False)
         model.hf_quantizer = None  # the weights are wide now: an ordinary model, which can be trained and saved
         if hasattr(model.config, 'quantization_config'): del model.config.quantization_config
         if tok.pad_token_id is None: tok.pad_token = tok.eos_token

@@ -19,16 +19,6 @@ def rlheals(*words, cwd):
     return subprocess.run([str(BIN/'rlheals'), *map(str, words)], cwd=cwd, capture_output=True, text=True, env=os.environ | dict(HF_HUB_OFFLINE='1'))
 
 
-@pytest.fixture(scope='module')
-def home(tmp_path_factory):
-    "A directory in which `smoke` has run."
-    home = tmp_path_factory.mktemp('home')
-    done = rlheals('reproduce', '--profile', 'smoke', cwd=home)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (home/'said').write_text(done.stdout)
-    return home
-
-
 @pytest.fixture
 def run(home): return Run('smoke', root=home/'runs')
 
@@ -165,10 +155,10 @@ def test_a_failing_stage_says_so_and_the_rest_is_kept(home):
 
 
 def test_two_runs_do_not_mix(home, run):
-    from filelock import FileLock
-    with FileLock(run.dir/'.lock'):
+    from rlheals.guard import hold
+    with hold(run.dir):
         done = rlheals('reproduce', '--profile', 'smoke', cwd=home)
-    assert done.returncode == 1 and 'in use' in done.stderr
+    assert done.returncode == 1 and f'in use by process {os.getpid()}' in done.stderr
 
 
 @pytest.mark.parametrize('notebook, parameters', [

@@ -122,7 +122,7 @@ def test_published_episodes_are_judged_where_there_are_no_tables(root):
 def test_a_hole_in_a_table_is_said(root):
     run = Run('tiny', root=root, task_name='rank', seed=2)
     losses = pd.read_parquet(run.table('losses'))
-    losses[losses.checkpoint != 300].to_parquet(run.table('losses'))
+    run.save(losses[losses.checkpoint != 300], 'losses')
     got = claims('--runs', root, '--task', 'rank')
     assert got.exit_code == 2 and "'losses' has 0 rows for seed 2, checkpoint 300" in ' '.join(got.output.split())
 

@@ -1,0 +1,37 @@
+import os, subprocess, sys
+from pathlib import Path
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption('--inputs', type=int, default=80_000, help='spoilt answers given to the verifiers, in all')
+    parser.addoption('--faults', type=int, default=50, help='faults that the long test puts a smoke run through')
+    parser.addoption('--fault-seed', type=int, default=0, help='of the faults and of their moments')
+    parser.addoption('--publish-faults', action='store_true', help='write the counts of the long test to figures/faults.csv and .json')
+
+
+@pytest.fixture
+def inputs(request): return request.config.getoption('--inputs')
+
+
+@pytest.fixture(scope='session')
+def home(tmp_path_factory):
+    "A directory in which `smoke` has run; who changes something there puts it back."
+    home = tmp_path_factory.mktemp('home')
+    done = subprocess.run([str(Path(sys.executable).parent/'rlheals'), 'reproduce', '--profile', 'smoke'], cwd=home, capture_output=True, text=True, env=os.environ | dict(HF_HUB_OFFLINE='1'))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (home/'said').write_text(done.stdout)
+    return home
+
+
+SAID = []  # lines for the end of the test run
+
+
+@pytest.fixture
+def say(): return SAID.append
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not SAID: return
+    terminalreporter.section('faults')
+    for line in SAID: terminalreporter.write_line(line)

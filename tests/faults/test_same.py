@@ -1,0 +1,30 @@
+"""The same seed on the same machine: the same bytes, however many jobs run side by side."""
+import os, subprocess, sys
+from pathlib import Path
+import pytest
+from test_faults import results
+from rlheals.profiles import Run
+
+BIN = Path(sys.executable).parent
+
+
+def made(home, profile, jobs):
+    "What a run of its own makes, with so many jobs side by side."
+    home.mkdir()
+    done = subprocess.run([str(BIN/'rlheals'), 'reproduce', '--profile', profile, '--jobs', str(jobs)], cwd=home, capture_output=True, text=True, env=os.environ | dict(HF_HUB_OFFLINE='1'))
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = {f'figures/{p.name}': p.read_bytes() for p in (home/'figures').glob('*.[!j]*')}  # beside the runs, in the default profile
+    return results(Run(profile, root=home/'runs')) | figures
+
+
+@pytest.mark.long
+def test_smoke_with_one_job_and_with_two(tmp_path):
+    one, two = (made(tmp_path/f'{n} at a time', 'smoke', n) for n in (1, 2))
+    assert one == two and len(one) > 80
+
+
+@pytest.mark.hours
+def test_tiny_twice(tmp_path):
+    "Two whole runs of the default profile, with one job at a time and with two: every table, checkpoint and figure."
+    one, two = (made(tmp_path/f'{n} at a time', 'tiny', n) for n in (1, 2))
+    assert one == two and len(one) > 150
