@@ -8,7 +8,7 @@ __all__ = ['PAPER', 'HOME', 'TABLES', 'sft_files', 'rl_files', 'grpo_files', 'va
            'progress', 'Job', 'snakemake', 'plan', 'seconds', 'makespan', 'clock', 'execute', 'open_run']
 
 # %% ../nbs/19_chain.ipynb #55c33ede
-import json, os, re, shlex, subprocess, sys, time
+import json, os, re, shlex, shutil, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -350,8 +350,14 @@ def _work(run, seeds, jobs, targets, tasks, todo, start, say, live):  # how many
         process = subprocess.Popen(snakemake(run, seeds, jobs, targets, tasks), stdout=out, stderr=subprocess.STDOUT, env=os.environ | {'RLHEALS_PROGRESS': str(folder), MARK: str(base)})
         try: done = _watch(run, process, todo, cost, jobs, folder, start, say, live)
         finally: end_workers(base)  # none, unless this was interrupted
-    if process.returncode: raise ChainError('\n'.join(_failures(run, base, start)) or f'Snakemake stopped: see {log}\n{log.read_text()[-1500:]}')
+    if process.returncode: raise ChainError('\n'.join(_no_writing(todo) + _failures(run, base, start)) or f'Snakemake stopped: see {log}\n{log.read_text()[-1500:]}')
     return len(done)
+
+def _no_writing(todo):  # where jobs would have written and could not, whatever it is that stopped first
+    there = {next(p for p in o.parents if p.is_dir()) for j in todo for o in j.outputs}
+    closed = {d for d in there if not os.access(d, os.W_OK)}
+    return [f'cannot write in {d} (Read-only file system, or no right to): change that, and the same command goes on' for d in sorted(closed) if d.parent not in closed] + \
+        [f'the disk of {d} is full (No space left on device): make room, and the same command goes on' for d in sorted(there)[:1] if shutil.disk_usage(d).free < 1e6]
 
 def _watch(run, process, todo, cost, jobs, folder, start, say, live):
     from rich.progress import BarColumn, Progress, TextColumn

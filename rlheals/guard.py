@@ -9,7 +9,7 @@ __all__ = ['MARK', 'ChainError', 'holder', 'workers', 'end_workers', 'hold', 'te
 # %% ../nbs/18d_guard.ipynb #55fb01ff
 import json, os, shlex, signal, socket, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from .files import SUMS, clear_unfinished, complete, damaged, damaged_outputs, remove, size
 from .models import memory, pick_device, stored
@@ -77,7 +77,8 @@ def hold(
         with complete(base/'.holder') as tmp:
             tmp.write_text(json.dumps(dict(pid=os.getpid(), began=psutil.Process().create_time(), host=socket.gethostname(), since=time.time(), command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:300])))
         try: yield
-        finally: (base/'.holder').unlink(missing_ok=True)
+        finally:
+            with suppress(OSError): (base/'.holder').unlink()  # where one cannot write any more, the error that stopped the run is the one to say
 
 @contextmanager
 def terminable():

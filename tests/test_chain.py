@@ -142,11 +142,11 @@ def test_wrong_settings_end_at_once(home, words, says):
 
 
 def test_a_failing_stage_says_so_and_the_rest_is_kept(home):
-    "A damaged checkpoint: the error names the stage, its log and its notebook; the other jobs go on."
+    "A checkpoint that cannot be read, and without checksums is only noticed then: the error names the stage, its log and its notebook; the other jobs go on."
     run = Run('smoke', ('surgery.blocks=1',), 0, home/'runs')
     shutil.copytree(home/'runs'/'smoke', run.dir)
     path = run.checkpoint('rl', 2)/'model.safetensors'
-    path.write_bytes(b'broken')
+    path.write_bytes(b'broken'); (path.parent/'SHA256SUMS').unlink()
     tables = [run.table(n) for n in ('eval-rl-00', 'eval-sft-00')]
     for t in tables: t.unlink()
     with pytest.raises(chain.ChainError, match='eval-rl-00 failed'):

@@ -1,5 +1,5 @@
 """What a model writes, a checkpoint holds or a command line says is data: it is never run, and never goes anywhere but where it points."""
-import json, os, pickle, random, shlex, shutil, string, subprocess, sys, time
+import json, os, pickle, random, shutil, subprocess, sys, time
 from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
