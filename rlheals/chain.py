@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPER', 'HOME', 'TABLES', 'sft_files', 'rl_files', 'grpo_files', 'variants', 'tables_of', 'load_tables', 'seeds_done',
            'shown', 'figure_runs', 'figure_inputs', 'figure_tables', 'figures_dir', 'provenance', 'draw_figure',
-           'progress', 'Job', 'snakemake', 'plan', 'seconds', 'makespan', 'clock', 'execute', 'open_run']
+           'progress', 'Job', 'snakemake', 'plan', 'seconds', 'makespan', 'clock', 'command', 'execute', 'open_run']
 
 # %% ../nbs/19_chain.ipynb #55c33ede
 import json, os, re, shlex, shutil, subprocess, sys, time
@@ -16,7 +16,7 @@ from urllib.parse import quote
 from .baselines import baseline_plan, budget
 from .conditions import CONDITIONS, condition_run, conditions_of, made_already
 from .evaluate import evaluation_parts
-from .files import complete, need_room
+from .files import complete, digest, need_room
 from .guard import MARK, ChainError, check_memory, discard, end_workers, find_damaged, hold, terminable
 from .models import check_model, pick_device, stored
 from .profiles import Run, split_changes
@@ -152,13 +152,12 @@ def figures_dir(
 # %% ../nbs/19_chain.ipynb #27b19a4d
 def provenance(run: Run, inputs: list[Path], seeds: dict) -> dict:
     "Where a result comes from: package version and commit, settings, tasks, seeds, library versions, hashes of the inputs."
-    import hashlib
     from importlib.metadata import version
     commit = subprocess.run(['git', '-C', str(PAPER), 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout.strip()
     libraries = {lib: version(lib) for lib in ('torch', 'transformers', 'trl', 'numpy', 'pandas', 'seaborn', 'matplotlib')}
     return dict(rlheals=version('rlheals'), commit=commit or None, profile=run.profile, changes=list(run.changes), tasks=list(seeds), seeds={t: list(range(n)) for t, n in seeds.items()},
                 settings=run.config, python=sys.version.split()[0], libraries=libraries,
-                inputs={str(p.relative_to(run.dir)): hashlib.sha256(p.read_bytes()).hexdigest() for p in inputs})
+                inputs={str(p.relative_to(run.dir)): digest(p) for p in inputs})
 
 def draw_figure(
     run: Run,
@@ -302,6 +301,16 @@ def _failures(run, base, since):  # what the logs of failed jobs end with
             out.append(f'{log.stem} failed: {(error or text.splitlines())[-1]}\n  its log: {log}\n  its notebook: {log.parent.parent}/notebooks/{log.stem}.ipynb')
     return out
 
+def command(
+    run: Run,
+    tasks,  # names
+    seeds: int,
+    *more: str,  # further flags
+) -> str:
+    "The command line that makes a run, for people to paste."
+    words = ['rlheals', 'reproduce', *more, '--profile', run.profile, *(x for c in run.changes for x in ('--set', c)), '--task', ','.join(tasks), '--seeds', str(seeds)]
+    return shlex.join(words + (['--runs', str(run.root)] if Path(run.root) != Path('runs') else []))
+
 def execute(
     run: Run,
     seeds: int = 1,
@@ -316,7 +325,9 @@ def execute(
     jobs, here = jobs or os.cpu_count(), replace(run, root=Path(run.root).resolve())
     with hold(here.dir, say), terminable():
         found = find_damaged([r.path() for r in variants(here, seeds, tasks)] + [here.dir/'bases'], {figures_dir(r, f) for r in variants(here, 1, tasks) for f in ('F1', 'F5')})
-        if found and not repair: raise ChainError(_damage(found, run, seeds, tasks))
+        if found and not repair:
+            raise ChainError('finished files are damaged, they are not what was written there (SHA-256):\n  ' + '\n  '.join(map(str, found))
+                             + f"\nMake them again, and what was made from them, with\n  {command(run, tasks or [run.task_name], seeds, '--repair')}")
         if found: say(f"damaged, and made again: {', '.join(map(str, found))}"); discard(found)
         _check_start(here, seeds, jobs, tasks)
         todo, start = plan(run, seeds, targets, tasks), time.time()
@@ -324,20 +335,14 @@ def execute(
         try: return _work(here, seeds, jobs, targets, tasks, todo, start, say, live)
         except OSError as e: raise ChainError(f'cannot write in {here.dir} ({e.strerror}): make room or give the right to write there; the same command goes on') from e
 
-def _damage(found, run, seeds, tasks):
-    flags = ['--profile', run.profile] * (run.profile != 'tiny') + [x for c in run.changes for x in ('--set', c)]
-    flags += [x for t in tasks or [run.task_name] if list(tasks) != [HOME] for x in ('--task', t)] + ['--seeds', seeds] * (seeds > 1) + ['--runs', run.root] * (str(run.root) != 'runs')
-    files = '\n  '.join(map(str, found))
-    return f"{len(found)} finished file{'s are' if len(found) > 1 else ' is'} not what was written there (SHA-256):\n  {files}\nMake {'them' if len(found) > 1 else 'it'} again, and what was made from {'them' if len(found) > 1 else 'it'}, with\n  {shlex.join(map(str, ['rlheals', 'reproduce', '--repair', *flags]))}"
-
 def _check_start(run, seeds, jobs, tasks):  # before any work: is there a model, does it fit, is there room for its checkpoints?
     if run.config['model']['device'] not in ('auto', 'cpu'): pick_device(run.config['model']['device'])
     todo = {r: [f for f in sft_files(r) if not f.exists()] for r in variants(run, seeds, tasks)}
     if not any(todo.values()): return
     name = run.config['model']['name']
     if name != 'anew': check_model(name, run.config['model']['dtype'])
-    check_memory(run, jobs)
-    if (count := stored(run.base)) is not None:
+    if (count := stored(run.base)) is not None:  # else its weights are not here yet
+        check_memory(run, count, jobs)
         missing = [f for r in todo for f in todo[r] + [p for s in r.config['rl']['starts'] for p in rl_files(r, s)] if f.name == 'model.safetensors' and not f.exists()]
         need_room(run.dir, len(missing) * count * 4, f'the {len(missing)} checkpoints of this run')
 

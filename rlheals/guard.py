@@ -11,8 +11,8 @@ import json, os, shlex, signal, socket, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from .files import SUMS, clear_unfinished, complete, damaged, damaged_outputs, remove, size
-from .models import memory, pick_device, stored
+from .files import clear_unfinished, complete, damaged, damaged_outputs, remove, sealed_in, size
+from .models import memory, pick_device
 from .profiles import Run
 
 # %% ../nbs/18d_guard.ipynb #03fedd18
@@ -93,8 +93,7 @@ def terminable():
 # %% ../nbs/18d_guard.ipynb #135dab7a
 def finished(home) -> list[Path]:
     "The checkpoints and tables in a directory that have checksums; of what is only kept for a restart, none."
-    records = [r for r in Path(home).rglob('*') if r.name == SUMS or r.name.startswith('.') and r.suffix == '.sha256']
-    paths = [r.parent if r.name == SUMS else r.with_name(r.name[1:-len('.sha256')]) for r in records if not {'partial', 'svd'} & set(r.relative_to(home).parts)]
+    paths = [p for p in sealed_in(home) if not {'partial', 'svd'} & set(p.relative_to(home).parts)]
     return sorted(p for p in paths if p.is_file() or (p/'model.safetensors').is_file())  # one that was deleted is made again anyway
 
 def find_damaged(
@@ -102,8 +101,7 @@ def find_damaged(
     figures=(),  # directories of figures
 ) -> dict[Path, Path]:  # damaged file -> what to delete with it: the whole checkpoint, the table, the figure's record
     "All finished files that are not what was written."
-    from itertools import chain
-    paths = list(chain.from_iterable(map(finished, homes)))
+    paths = [p for home in homes for p in finished(home)]
     records = [r for d in figures for r in sorted(Path(d).glob('*.json'))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         out = {f: p for p, bad in zip(paths, pool.map(damaged, paths)) for f in bad}
@@ -129,10 +127,10 @@ def least_memory(
 
 def check_memory(
     run: Run,
+    count: int,  # parameters of the model
     jobs: int = 1,  # side by side
 ):
     "`ValueError` if the machine, or its GPU, has less memory than the stages of a run take."
-    if (count := stored(run.base)) is None: return  # its weights are not here yet
     device = pick_device(run.config['model']['device'])
     have, one = memory(device), least_memory(run, count)
     where = 'this GPU' if device.startswith('cuda') else 'this machine'

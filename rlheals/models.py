@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'pick_device', 'attention', 'load_model', 'save_model', 'add_lora', 'is_lora', 'merged', 'weight_bytes',
-           'stored', 'memory', 'check_model', 'set_up_torch', 'processes', 'out_of_memory', 'halving', 'check_finite',
+           'stored', 'memory', 'check_model', 'set_up_torch', 'processes', 'halving', 'in_parts', 'check_finite',
            'check_gradient', 'encode', 'attends_to_all', 'shared_start', 'generate']
 
 # %% ../nbs/06_models.ipynb #811a3727
@@ -198,25 +198,34 @@ def _keep_memory():  # glibc gives every large tensor back to the system and tak
     for option, size in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**25)): mallopt(option, size)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD (at most 32 MB)
 
 # %% ../nbs/06_models.ipynb #7f75a87a
-def out_of_memory(error: Exception) -> bool:
-    "Is this an error of memory that ran out, of a GPU or of the CPU?"
-    from accelerate.utils.memory import should_reduce_batch_size
-    return should_reduce_batch_size(error)
-
 def halving(
     work,  # takes how many rows at a time
     rows: int,  # to begin with
     what: str = 'the work',  # for the message
 ):  # (what `work` returned, rows)
     "Do something with so many rows at a time, or with half as many each time memory runs out; with a single row the error stays."
-    from accelerate.utils.memory import clear_device_cache
+    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
     while True:
         try: return work(rows), rows
         except RuntimeError as e:
-            if rows <= 1 or not out_of_memory(e): raise
+            if rows <= 1 or not should_reduce_batch_size(e): raise
         clear_device_cache(garbage_collection=True)  # only now: the error holds on to the tensors of the attempt
         rows = rows // 2
         print(f'out of memory: {what} goes on with {rows} at a time', flush=True)
+
+def in_parts(
+    work,  # takes a part of the list
+    items: list,
+    rows: int,  # of the list at a time, to begin with
+    what: str = 'the work',
+) -> list:
+    "What `work` returned for each part of a list; the parts become smaller if memory runs out (see `halving`)."
+    out, lo, rows = [], 0, min(rows, max(len(items), 1))
+    while lo < len(items):
+        result, rows = halving(lambda n: work(items[lo:lo + n]), rows, what)
+        out.append(result)
+        lo += rows
+    return out
 
 def check_finite(
     value,  # a number, or a tensor of one
@@ -308,19 +317,15 @@ def generate(
 ) -> list[list[int]]:
     "Token ids of one answer per context, without padding; the end token is kept where the model wrote it."
     import torch
-    answers, was_training, lo, batch_size = {}, model.training, 0, min(batch_size, max(len(contexts), 1))
+    answers, was_training = {}, model.training
     model.eval()
     # uniform numbers, one per token: each answer has its own, so who shares its batch makes no difference; 1 itself must not come out of rounding
     chance = torch.rand(first + len(contexts), max_new_tokens, generator=torch.Generator().manual_seed(seed))[first:] * (1 - 2**-23)
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))  # like lengths together: less padding
-    def part(n):
-        rows = order[lo:lo + n]
+    def part(rows):
         return dict(zip(rows, _generate(model, tokenizer, [contexts[i] for i in rows], max_new_tokens, temperature, chance[rows].to(model.device))))
     with torch.inference_mode():
-        while lo < len(order):
-            more, batch_size = halving(part, batch_size, 'generation')
-            answers |= more
-            lo += batch_size
+        for more in in_parts(part, order, batch_size, 'generation'): answers |= more
     model.train(was_training)
     return [answers[i] for i in range(len(contexts))]
 

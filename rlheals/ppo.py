@@ -11,7 +11,7 @@ import copy, math, time
 from pathlib import Path
 import numpy as np
 from .files import complete, damaged, need_room, remove
-from .models import add_lora, check_finite, encode, halving, is_lora, load_model, processes, save_model, set_up_torch, shared_start, weight_bytes
+from .models import add_lora, check_finite, encode, halving, in_parts, is_lora, load_model, processes, save_model, set_up_torch, shared_start, weight_bytes
 from .profiles import Run, keep_stopped, launch, tracker
 from .rollout import answer_all, vllm_engine
 from .tasks import Episode, Task, hash64, seeded, steps
@@ -53,14 +53,9 @@ def score(
     "(log-probability (B,) summed over the answer, mean entropy (B,) of its tokens, value (B,) or None)."
     import torch
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]) + len(answers[i]))
-    parts, lo, rows = [], 0, min(rows, max(len(order), 1))
-    def part(n):
-        these = order[lo:lo + n]
+    def part(these):
         return _score(model, head, [contexts[i] for i in these], [answers[i] for i in these], temperature)
-    while lo < len(order):
-        got, rows = halving(part, rows, 'scoring')
-        parts.append(got)
-        lo += rows
+    parts = in_parts(part, order, rows, 'scoring')
     back = torch.tensor(order, device=model.device).argsort()
     return tuple(torch.cat(p)[back] if p[0] is not None else None for p in zip(*parts))
 

@@ -79,7 +79,7 @@ def train_sft(
             if state.global_step in c['checkpoints']: self.look(state.global_step)
 
     class Trainer(SFTTrainer):
-        rows, share = None, 1.  # how many of a batch go through the model at a time (all); the share of it that just does
+        rows, share = c['batch_size'], 1.  # how many of a batch go through the model at a time, at most; the share of it that just does
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             step, size = super().training_step, len(inputs['input_ids'])
@@ -91,7 +91,7 @@ def train_sft(
                     self.share = len(part['input_ids']) / size
                     total = total + step(model, part, num_items_in_batch)
                 return total
-            if n == 1: loss, self.rows = halving(gradient, min(self.rows or size, size), 'SFT')
+            if n == 1: loss, self.rows = halving(gradient, self.rows, 'SFT')
             else: loss = step(model, inputs, num_items_in_batch)  # processes that share a batch must all take the same steps
             check_finite(loss, f'the loss at SFT step {self.state.global_step}', lower)
             return loss

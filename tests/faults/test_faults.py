@@ -21,8 +21,7 @@ def results(run):
 class Smoke:
     "A `smoke` run in a directory, that can be started, hurt and looked at."
     def __init__(self, home, rng):
-        self.home, self.rng, self.run, self.said = home, rng, Run('smoke', root=home/'runs'), ''
-        self.base = self.run.dir.resolve()
+        self.home, self.rng, self.run, self.said = home, rng, Run('smoke', root=(home/'runs').resolve()), ''
 
     def start(self, words=('reproduce', '--profile', 'smoke', '--jobs', '2')):
         self.log = open(self.home.parent/'said', 'w+')
@@ -40,7 +39,7 @@ class Smoke:
         until = time.time() + patience
         while True:
             found = []
-            for p in guard.workers(self.base):
+            for p in guard.workers(self.run.dir):
                 try: found += [p] * (of in ' '.join(p.cmdline()))
                 except psutil.Error: pass
             if found or time.time() > until or self.process.poll() is not None: return found
@@ -53,8 +52,6 @@ class Smoke:
         late = [p for p in self.finished() if not p.name.startswith(('sft', 'losses'))]
         for path in self.rng.sample(late if self.rng.random() < .8 else self.finished(), 3):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    def mounted(self): return os.path.ismount(self.home)
 
 
 def may_mount(tmp):
@@ -124,7 +121,7 @@ def fill_disk(s):
 
 
 def read_only(s):
-    there = s.rng.choice([d for d in (s.base, s.run.path('tables'), s.run.path('checkpoints'), s.run.path('notebooks'), s.run.path('logs'), s.base/'figures') if d.is_dir()])
+    there = s.rng.choice([d for d in (s.run.dir, s.run.path('tables'), s.run.path('checkpoints'), s.run.path('notebooks'), s.run.path('logs'), s.run.dir/'figures') if d.is_dir()])
     for words in (['--bind', there, there], ['-o', 'remount,bind,ro', there]): subprocess.run(['mount', *map(str, words)], check=True)
     try: code = s.end()
     finally: subprocess.run(['umount', '-l', str(there)], check=True)
@@ -206,7 +203,7 @@ def torment(home, n, seed, tmp):
         order = [kinds[k % len(kinds)] for k in range(n)]
         rng.shuffle(order)
         for k, kind in enumerate(order):
-            if s.run.table('losses').exists() and not chain.plan(replace_root(s.run)): s.delete_some()
+            if s.run.table('losses').exists() and not chain.plan(s.run): s.delete_some()
             s.start()
             time.sleep(rng.uniform(0, 14))
             counts[kind]['tried'] += 1
@@ -219,11 +216,6 @@ def torment(home, n, seed, tmp):
     finally:
         guard.end_workers((place/'home'/'runs'/'smoke').resolve())
         if disk: subprocess.run(['umount', '-l', str(place)], check=True)
-
-
-def replace_root(run):
-    from dataclasses import replace
-    return replace(run, root=Path(run.root).resolve())
 
 
 def told(rows, seconds, say):

@@ -82,6 +82,21 @@ def test_memory_that_runs_out_halves_the_batch_and_nothing_else(tmp_path, stage,
     assert all(a.shape == b.shape for a, b in zip(tables, theirs))
 
 
+def test_a_short_batch_does_not_split_those_after_it(tmp_path):
+    "Twelve examples in batches of eight: the last of each epoch has four rows, the next one eight again, at once."
+    seen = []
+    def loaded(*a, **kw):
+        model, tok = load_model(*a, **kw)
+        whole = model.model.forward
+        def forward(input_ids=None, **k):
+            if torch.is_grad_enabled(): seen.append(len(input_ids))
+            return whole(input_ids=input_ids, **k)
+        model.model.forward = forward
+        return model, tok
+    with patch.object(sft, 'load_model', loaded): sft_stage(Run('smoke', ('sft.examples=12',), root=tmp_path))
+    assert seen == [8, 4, 8, 4]
+
+
 def test_too_little_memory_for_one_row_is_said(tmp_path):
     with patch.object(sft, 'load_model', little_memory(0)), patch.object(sft, 'mean_loss', lambda m, e, c: 0.), pytest.raises(RuntimeError, match='out of memory'): sft_stage(of(tmp_path))
 
