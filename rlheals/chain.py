@@ -17,9 +17,10 @@ from .baselines import baseline_plan, budget
 from .conditions import CONDITIONS, condition_run, conditions_of, made_already
 from .evaluate import evaluation_parts
 from .files import complete, digest, need_room
+from .footprint import relative
 from .guard import MARK, ChainError, check_memory, discard, end_workers, find_damaged, hold, terminable
 from .models import check_model, pick_device, stored
-from .profiles import Run, split_changes
+from .profiles import Run, check_engine, split_changes
 from .surgery import surgery_plan
 from .tasks import TASKS
 
@@ -258,6 +259,10 @@ def plan(run: Run, seeds: int = 1, targets=(), tasks=()) -> list[Job]:
 def seconds(job: Job, run: Run) -> float:
     "A rough time for a job, in seconds."
     here = replace(run, task_name=job.task) if job.task else run
+    took, work = _seconds(job, here), relative(here) if run.config['model']['name'] != 'tiny' and job.rule not in ('base', 'figure', 'reading', 'claims') else 1.
+    return took if work <= 1 else 10 + (took - 5) * work
+
+def _seconds(job, here):  # of a model like `tiny`
     c = here.config
     e, rl = c['eval'], c['rl']
     evaluation = .0075 * e['episodes'] * c['task'].get('tries', 1) * (2 * c['task']['turns'] + 2 if 'turns' in c['task'] else 1)  # both splits
@@ -276,8 +281,8 @@ def seconds(job: Job, run: Run) -> float:
         name = job.name.removeprefix('condition-')
         inside, sft = condition_run(here, name)
         ends = len(c['conditions']['starts']) - len(made_already(here, name))
-        each = seconds(replace(job, rule=CONDITIONS[name].stage), replace(inside, half=-1)) + evaluation
-        return 8 + ends * each + (seconds(replace(job, rule='sft'), sft) + len(c['sft']['checkpoints']) * evaluation if sft else 0)
+        each = _seconds(replace(job, rule=CONDITIONS[name].stage), replace(inside, half=-1)) + evaluation
+        return 8 + ends * each + (_seconds(replace(job, rule='sft'), sft) + len(c['sft']['checkpoints']) * evaluation if sft else 0)
     if job.rule == 'surgery':
         return 10 + len(surgery_plan(job.name.removeprefix('surgery-'), c['surgery'], c['surgery']['blocks'])) * evaluation
     return 12 if job.rule in ('spectra', 'drift') else 20 if job.rule == 'warning' else 60 if job.rule == 'explorer' else 6
@@ -337,6 +342,7 @@ def execute(
 
 def _check_start(run, seeds, jobs, tasks):  # before any work: is there a model, does it fit, is there room for its checkpoints?
     if run.config['model']['device'] not in ('auto', 'cpu'): pick_device(run.config['model']['device'])
+    check_engine(run.config)
     todo = {r: [f for f in sft_files(r) if not f.exists()] for r in variants(run, seeds, tasks)}
     if not any(todo.values()): return
     name = run.config['model']['name']

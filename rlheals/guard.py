@@ -121,9 +121,10 @@ def least_memory(
     run: Run,
     parameters: int,  # of the model
 ) -> int:  # bytes
-    "The least memory that a training stage of a run takes: weights, gradients, Adam's moments, and RL's copy of the start (mixed precision aside)."
-    copies = (1 if run.config['lora']['rank'] else 4) + run.config['rl']['log_kl']
-    return copies * parameters * dict(float32=4, bfloat16=2, float16=2)[run.config['model']['dtype']]
+    "The least memory that a training stage of a run takes: weights, gradients, Adam's moments, and RL's copy of the start, or a device's share of these (mixed precision aside)."
+    c = run.config
+    copies, shards = (1 if c['lora']['rank'] else 4) + c['rl']['log_kl'], 1 if c['scale']['sharding'] == 'none' else min(c['sft']['processes'], c['rl']['processes'])
+    return copies * parameters * dict(float32=4, bfloat16=2, float16=2)[c['model']['dtype']] // shards
 
 def check_memory(
     run: Run,

@@ -12,7 +12,7 @@ from collections import namedtuple
 from functools import lru_cache
 from pathlib import Path
 from .files import check
-from .models import ASSETS, attention, load_model, pick_device
+from .models import find_model, is_gguf, load_model
 
 # %% ../nbs/14b_weights.ipynb #8dd5cbac
 KINDS = ('q_proj', 'k_proj', 'v_proj', 'down_proj')  # the matrices that the paper analyses
@@ -53,10 +53,10 @@ def parts(
 Stored = namedtuple('Stored', 'shape read')  # a tensor of a checkpoint: `read(first, last)` gives rows of it
 
 def locate(
-    checkpoint,  # `tiny`, a directory, a GGUF file, or a name on the Hugging Face hub
+    checkpoint,  # `tiny`, `smollm2`, a directory, a GGUF file, or a name on the Hugging Face hub
 ) -> Path:
     "Where a checkpoint's files are, fetched from the hub if it is a name there; `ValueError` if there is none."
-    if str(checkpoint) == 'tiny': return ASSETS/'tiny'
+    checkpoint = find_model(checkpoint)
     if (path := Path(checkpoint)).exists():
         if path.is_dir() or path.suffix == '.gguf': return path
         raise ValueError(f'{str(path)!r} is neither a directory nor a .gguf file: give the directory that it lies in')
@@ -88,10 +88,6 @@ def _from_safetensors(files):
             with safe_open(file, 'pt') as f: out |= {n: Stored(tuple(f.get_slice(n).get_shape()), reader(file, n)) for n in f.keys()}
         except SafetensorError as e: raise ValueError(f'{str(file)!r} cannot be read as safetensors ({e}): write this checkpoint again') from e
     return out
-
-def _need_gguf(path):
-    try: import gguf  # noqa: F401
-    except ImportError as e: raise ValueError(f"reading {str(path)!r} needs the package gguf: pip install 'gguf>=0.10'") from e
 
 @lru_cache(maxsize=4)  # reading a vocabulary from a header takes seconds
 def _gguf(path, changed):
@@ -135,9 +131,7 @@ def _open(checkpoint, base=None):  # label (as it was given), name -> Stored, co
         first = {W.data_ptr(): n for n, W in reversed(checkpoint.items())}  # tied weights: the first of their names
         return 'the state dict', {n: Stored(tuple(W.shape), reader(W)) for n, W in checkpoint.items() if W.device.type == 'meta' or first[W.data_ptr()] == n}, {}
     path = locate(checkpoint)
-    if path.suffix == '.gguf' and path.is_file():
-        _need_gguf(path)
-        return str(checkpoint), *_gguf(path, path.stat().st_mtime_ns)
+    if is_gguf(path): return str(checkpoint), *_gguf(path, path.stat().st_mtime_ns)
     if (path/'adapter_config.json').is_file(): return str(checkpoint), *_adapter(path, base)
     tensors = _from_safetensors(_files(path))
     config = json.loads((path/'config.json').read_text()) if (path/'config.json').is_file() else {}
@@ -216,20 +210,7 @@ def open_model(
     dtype: str = 'float32',
 ):
     "A causal language model in evaluation mode, adapters merged, and its tokenizer, from whatever `matrices` opens."
-    import torch
     path = locate(checkpoint)
-    if path.suffix == '.gguf' and path.is_file():
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
-        _need_gguf(path)
-        logging.disable_progress_bar()
-        device = pick_device(device)
-        tok = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, padding_side='left', trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=getattr(torch, dtype), attn_implementation=attention(device), trust_remote_code=False)
-        model.hf_quantizer = None  # the weights are wide now: an ordinary model, which can be trained and saved
-        if hasattr(model.config, 'quantization_config'): del model.config.quantization_config
-        if tok.pad_token_id is None: tok.pad_token = tok.eos_token
-        return model.to(device).eval(), tok
     if (path/'adapter_config.json').is_file():
         from peft import PeftModel
         model, tok = open_model(json.loads((path/'adapter_config.json').read_text())['base_model_name_or_path'], device, dtype)

@@ -40,7 +40,8 @@ SETTINGS = [  # setting, and what the message must say beside its name
     # unknown names
     ('sft.max_step=20', 'did you mean sft.max_steps'), ('learning_rate=1', 'no setting'), ('sft=1', 'no setting'), ('sft.max_steps', 'not of the form'), ('=1', 'no setting'), ('rl.engine=sglang', "'transformers' or 'vllm'"), ('surgery.edits=both', "'directions' and any of"),
     ('conditions.names=none', 'default'), ('preserve.methods=dropout', 'rpsft-'), ('sft.schedule=linearly', 'constant_with_warmup'), ('grpo.schedule=x', 'cosine'), ('rl.schedule=linear', 'cosine or constant'), ('model.dtype=float33', 'bfloat16'), ('model.device=tpu', 'cuda'),
-    ('task.style=haiku', 'style'), ('task.name=rank', 'use --task rank'), ('base.steps=100', 'model.name=anew'), ('model.name=my model', 'a directory, or a name on the hub'), ('model.name=/no/such/place', 'a directory, or a name on the hub'),
+    ('scale.sharding=fsdp', 'none, fsdp2, zero3'), ('scale.sharding=fsdp2', 'sft.processes'), ('scale.precision=float16', 'float32 or bfloat16'), ('cluster.rl_gpus=-1', '0 or more'), ('cluster.sft_memory=0', 'above 0'), ('cluster.other_hours=NaN', 'above 0'),
+    ('model.name=model.gguf', 'a .gguf file'), ('task.style=haiku', 'style'), ('task.name=rank', 'use --task rank'), ('base.steps=100', 'model.name=anew'), ('model.name=my model', 'a .gguf file, or a name on the hub'), ('model.name=/no/such/place', 'a .gguf file, or a name on the hub'),
 ]
 
 
@@ -64,6 +65,18 @@ def test_words_that_cannot_be(tmp_path, words, says):
     if 'model.device=cuda' in words and torch.cuda.is_available(): pytest.skip('there is a GPU here')
     (tmp_path/'file').write_text('')
     said = refused(['reproduce', *(['--profile', 'smoke'] if '--profile' not in words else []), *words], tmp_path, 1 if 'file' in words else 2)
+    assert says in said, said
+
+
+PLANS = [  # what cannot be planned, or does not fit
+    (['--gpu', 'v100'], 'h100', 2), (['--profile', 'qwen2.5'], 'qwen2.5-7b', 2), (['--profile', 'llama3.2-11b', '--gpus', '1', '--gpu', 'h100'], 'lora.rank=16', 1), (['--profile', 'qwen2.5-7b', '--gpus', '4', '--gpu', 'rtx4090'], '23.5 GiB, most of it activations', 1),
+    (['--set', 'model.name=nobody/nothing', '--gpu', 'h100'], 'its config.json is not here', 2),
+]
+
+
+@pytest.mark.parametrize('words, says, code', PLANS)
+def test_plans_that_cannot_be(tmp_path, words, says, code):
+    said = refused(['plan', *words], tmp_path, code, limit=10)  # counting the tokens of prompts takes a tokenizer
     assert says in said, said
 
 

