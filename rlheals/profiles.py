@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from .files import Damaged, check, complete
 from .models import pick_device, processes, save_model
+from .store import is_url
 from .tasks import hash64, load_task, task_options
 
 # %% ../nbs/08_profiles.ipynb #d418f289
@@ -273,8 +274,8 @@ def _check(c):
     name = c['model']['name']
     need(c['base']['steps'] >= 50, 'base.steps', 'at least 50, for the warm-up')
     need(c['base']['hidden_size'] % (2 * c['base']['heads']) == 0, 'base.hidden_size', f"a multiple of 2 * base.heads = {2 * c['base']['heads']}")
-    need(name in ('tiny', 'smollm2', 'anew') or Path(name).is_dir() or Path(name).suffix == '.gguf' and Path(name).is_file() or re.fullmatch(r'[\w.-]+/[\w.-]+', name) and not name.endswith('.gguf'), 'model.name',
-         "'tiny', 'smollm2', 'anew', a directory, a .gguf file, or a name on the hub like 'Qwen/Qwen2.5-7B-Instruct'")
+    need(name in ('tiny', 'smollm2', 'anew') or is_url(name) or Path(name).is_dir() or Path(name).suffix == '.gguf' and Path(name).is_file() or re.fullmatch(r'[\w.-]+/[\w.-]+', name) and not name.endswith('.gguf'), 'model.name',
+         "'tiny', 'smollm2', 'anew', a directory, a .gguf file, or a name on the hub like 'Qwen/Qwen2.5-7B-Instruct', or a URL like 's3://bucket/directory'")
     try: load_task(**c['task'])
     except ValueError as e: raise ValueError(f"the settings {', '.join(f'task.{k}={v!r}' for k, v in c['task'].items() if k != 'name')} do not work: {e}") from e
 
