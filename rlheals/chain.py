@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PAPER', 'HOME', 'TABLES', 'sft_files', 'rl_files', 'grpo_files', 'variants', 'tables_of', 'load_tables', 'seeds_done',
            'shown', 'figure_runs', 'figure_inputs', 'figure_tables', 'figures_dir', 'provenance', 'draw_figure',
-           'progress', 'Job', 'snakemake', 'plan', 'seconds', 'makespan', 'clock', 'command', 'execute', 'open_run']
+           'progress', 'Job', 'resources', 'snakemake', 'plan', 'seconds', 'makespan', 'clock', 'command', 'execute',
+           'open_run']
 
 # %% ../nbs/19_chain.ipynb #55c33ede
-import json, os, re, shlex, shutil, subprocess, sys, time
+import json, math, os, re, shlex, shutil, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from .baselines import baseline_plan, budget
 from .conditions import CONDITIONS, condition_run, conditions_of, made_already
 from .evaluate import evaluation_parts
 from .files import complete, digest, need_room
-from .guard import MARK, ChainError, check_memory, discard, end_workers, find_damaged, hold, terminable
+from .guard import MARK, ChainError, cancel_jobs, check_executor, check_memory, discard, end_workers, find_damaged, hold, queue_name, terminable
 from .models import check_model, pick_device, stored
 from .profiles import Run, split_changes
 from .surgery import surgery_plan
@@ -213,13 +214,24 @@ class Job:
     seed: int
     outputs: tuple  # paths
 
+def resources(
+    run: Run,
+    stage: str = 'other',  # `sft`, `rl` (and the other ways of training) or `other`
+) -> dict:
+    "What a job asks a scheduler for, by the names that Snakemake's executors know; jobs on this machine are not limited by it."
+    c = run.config['cluster']
+    gpus = c[f'{stage}_gpus']
+    return dict(mem_mb=math.ceil(1024 * c[f'{stage}_memory']), runtime=math.ceil(60 * c[f'{stage}_hours']), nodes=1) | (dict(gpu=gpus) if gpus else {}) | \
+        (dict(slurm_partition=c['partition']) if c['partition'] else {})
+
 def snakemake(
     run: Run,
     seeds: int = 1,
-    jobs: int = 2,  # cores to use
+    jobs: int = 2,  # cores to use, or jobs in the queue at a time
     targets=(),  # files to make (default: everything)
     tasks=(),  # names (default: the run's own)
     more=(),  # further arguments
+    executor: str = 'local',  # or `slurm`
 ) -> list[str]:
     "The Snakemake command of a run."
     if not (PAPER/'Snakefile').exists():
@@ -227,11 +239,17 @@ def snakemake(
     root = Path(run.root).resolve()
     changes = [f"model.name={run.config['model']['name']}" if c.startswith('model.name=') else c for c in run.changes]  # a directory, from wherever the jobs run
     return [sys.executable, '-m', 'snakemake', '--snakefile', str(PAPER/'Snakefile'), '--directory', str(root/run.dir.name),
-            '--retries', '1',  # a notebook's kernel can lose the race for a port to one that starts beside it
+            '--retries', '1' if executor == 'local' else '3',  # a notebook's kernel can lose the race for a port to one that starts beside it; on a cluster time runs out, too
             '--keep-incomplete',  # what a failed job has written is whole: a checkpoint from before training stopped is worth keeping
-            '--cores', str(jobs), '--nolock', '--rerun-incomplete', '--rerun-triggers', 'mtime', 'params', 'input', '--keep-going',
+            *(['--cores', str(jobs)] if executor == 'local' else _slurm(root/run.dir.name, jobs)), '--nolock', '--rerun-incomplete', '--rerun-triggers', 'mtime', 'params', 'input', '--keep-going',
             *more, '--config', f'profile={run.profile}', f'changes={quote(";".join(changes), safe="/=,.;-_")}', f'seeds={seeds}', f'root={quote(str(root))}', f'tasks={",".join(tasks or [run.task_name])}',
             *(['--'] + [os.path.relpath(t, root/run.dir.name) if os.path.isabs(t) else str(t) for t in targets] if targets else [])]
+
+def _slurm(base, jobs):
+    accounts = subprocess.run(['sacct', '--noheader', '--allocations'], capture_output=True).returncode == 0 if shutil.which('sacct') else False
+    return ['--executor', 'slurm', '--jobs', str(jobs), '--slurm-jobname-prefix', queue_name(base), '--slurm-requeue',
+            '--latency-wait', '60',  # until a shared disk shows what another machine has written
+            *([] if accounts else ['--slurm-status-command', 'squeue'])]  # without a database of jobs, its client is there all the same
 
 def plan(run: Run, seeds: int = 1, targets=(), tasks=()) -> list[Job]:
     "The jobs that are still to be done, in the order of the story."
@@ -314,47 +332,50 @@ def command(
 def execute(
     run: Run,
     seeds: int = 1,
-    jobs: int | None = None,  # side by side (default: all cores)
+    jobs: int | None = None,  # side by side (default: all cores; with SLURM 100)
     targets=(),  # files to make (default: everything)
     tasks=(),  # names (default: the run's own)
     say=print,  # takes one line of text
     live: bool = False,  # draw bars on the terminal instead of printing a line per job
     repair: bool = False,  # delete finished files that are damaged, and make them again
+    executor: str = 'local',  # where jobs run: `local`, on this machine, or `slurm`
 ) -> int:
     "Do what is still to be done, with progress; the number of jobs done. `ChainError` says which stage failed and why, or why nothing can be started: the directory is in use or cannot be written to, or a finished file is damaged."
-    jobs, here = jobs or os.cpu_count(), replace(run, root=Path(run.root).resolve())
+    check_executor(executor, run.config['cluster']['partition'])
+    jobs, here = jobs or (os.cpu_count() if executor == 'local' else 100), replace(run, root=Path(run.root).resolve())
     with hold(here.dir, say), terminable():
         found = find_damaged([r.path() for r in variants(here, seeds, tasks)] + [here.dir/'bases'], {figures_dir(r, f) for r in variants(here, 1, tasks) for f in ('F1', 'F5')})
         if found and not repair:
             raise ChainError('finished files are damaged, they are not what was written there (SHA-256):\n  ' + '\n  '.join(map(str, found))
-                             + f"\nMake them again, and what was made from them, with\n  {command(run, tasks or [run.task_name], seeds, '--repair')}")
+                             + f"\nMake them again, and what was made from them, with\n  {command(run, tasks or [run.task_name], seeds, '--repair', *(['--executor', executor] if executor != 'local' else []))}")
         if found: say(f"damaged, and made again: {', '.join(map(str, found))}"); discard(found)
-        _check_start(here, seeds, jobs, tasks)
+        _check_start(here, seeds, jobs, tasks, executor == 'local')
         todo, start = plan(run, seeds, targets, tasks), time.time()
         if not todo: say(f'{here.dir}: everything is there, nothing to do'); return 0
-        try: return _work(here, seeds, jobs, targets, tasks, todo, start, say, live)
+        try: return _work(here, seeds, jobs, targets, tasks, todo, start, say, live, executor)
         except OSError as e: raise ChainError(f'cannot write in {here.dir} ({e.strerror}): make room or give the right to write there; the same command goes on') from e
 
-def _check_start(run, seeds, jobs, tasks):  # before any work: is there a model, does it fit, is there room for its checkpoints?
-    if run.config['model']['device'] not in ('auto', 'cpu'): pick_device(run.config['model']['device'])
+def _check_start(run, seeds, jobs, tasks, here):  # before any work: is there a model, does it fit (if it is trained here), is there room for its checkpoints?
+    if here and run.config['model']['device'] not in ('auto', 'cpu'): pick_device(run.config['model']['device'])
     todo = {r: [f for f in sft_files(r) if not f.exists()] for r in variants(run, seeds, tasks)}
     if not any(todo.values()): return
     name = run.config['model']['name']
     if name != 'anew': check_model(name, run.config['model']['dtype'])
     if (count := stored(run.base)) is not None:  # else its weights are not here yet
-        check_memory(run, count, jobs)
+        if here: check_memory(run, count, jobs)
         missing = [f for r in todo for f in todo[r] + [p for s in r.config['rl']['starts'] for p in rl_files(r, s)] if f.name == 'model.safetensors' and not f.exists()]
         need_room(run.dir, len(missing) * count * 4, f'the {len(missing)} checkpoints of this run')
 
-def _work(run, seeds, jobs, targets, tasks, todo, start, say, live):  # how many jobs were done
+def _work(run, seeds, jobs, targets, tasks, todo, start, say, live, executor):  # how many jobs were done
     base, folder = run.dir, run.dir/'.progress'
     folder.mkdir(exist_ok=True)
     for old in folder.glob('*'): old.unlink()
     log, cost = base/'snakemake.log', {j: seconds(j, run) for j in todo}
+    if executor == 'slurm': (base/'.queue').touch()
     with log.open('w') as out:
-        process = subprocess.Popen(snakemake(run, seeds, jobs, targets, tasks), stdout=out, stderr=subprocess.STDOUT, env=os.environ | {'RLHEALS_PROGRESS': str(folder), MARK: str(base)})
+        process = subprocess.Popen(snakemake(run, seeds, jobs, targets, tasks, executor=executor), stdout=out, stderr=subprocess.STDOUT, env=os.environ | {'RLHEALS_PROGRESS': str(folder), MARK: str(base)})
         try: done = _watch(run, process, todo, cost, jobs, folder, start, say, live)
-        finally: end_workers(base)  # none, unless this was interrupted
+        finally: end_workers(base); cancel_jobs(base)  # none, unless this was interrupted
     if process.returncode: raise ChainError('\n'.join(_no_writing(todo) + _failures(run, base, start)) or f'Snakemake stopped: see {log}\n{log.read_text()[-1500:]}')
     return len(done)
 
