@@ -321,9 +321,9 @@ def _failures(run, base, since):  # what the logs of failed jobs end with
     return out
 
 def _ended(log):  # jobs that SLURM has ended, and what would give them more
-    found = dict.fromkeys(re.findall(r"Error in rule ([a-z]+)_\w+:\n\s+message: SLURM-job '(\d+)' failed, SLURM status is: '(TIMEOUT|OUT_OF_MEMORY)'", log))
-    more = dict(TIMEOUT=('ran out of time', 'hours'), OUT_OF_MEMORY=('ran out of memory', 'memory'))
-    return [f"{rule}: SLURM's job {number} {more[why][0]}: raise cluster.{ASKS.get(rule, 'other')}_{more[why][1]}; the same run goes on" for rule, number, why in found]
+    found = dict.fromkeys(re.findall(r"Error in rule ([a-z]+)_\w+:\n\s+message: SLURM-job '\d+' failed, SLURM status is: '(TIMEOUT|OUT_OF_MEMORY)'", log))
+    more = dict(TIMEOUT=('time', 'hours'), OUT_OF_MEMORY=('memory', 'memory'))
+    return [f"a job of {rule} ran out of {more[why][0]}: raise cluster.{ASKS.get(rule, 'other')}_{more[why][1]} with --set; the run goes on from what is finished" for rule, why in found]
 
 def command(
     run: Run,

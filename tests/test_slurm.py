@@ -15,7 +15,7 @@ CHANGES = ('rl.updates=24', 'rl.envs=16', 'rl.turns=2')  # long enough to be kil
 def asks(run):
     "Rule (of the first task) -> what Snakemake says that its jobs ask for."
     (run.root/run.dir.name).mkdir(parents=True, exist_ok=True)
-    said = subprocess.run(chain.snakemake(run, more=['--dry-run']), capture_output=True, text=True)
+    said = subprocess.run(chain.snakemake(run, jobs=8, more=['--dry-run']), capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     found = re.findall(r'^rule (\w+)_(?:\d+|all):\n(?:    .*\n)*?(?:    threads: (\d+)\n)?    resources: (.*)\n', said.stdout, re.M)
     return {rule: dict(pair.split('=', 1) for pair in text.split(', ')) | dict(threads=threads or '1') for rule, threads, text in found}
@@ -81,7 +81,7 @@ def jobs(run, rule=''):
     return [line.split()[0] for line in said.splitlines() if line.split()[1].startswith(queue_name(run.dir)) and f'rule_{rule}' in line]
 
 
-def wait_for(what, process, seconds=600):
+def wait_for(what, process, seconds=1800):
     until = time.time() + seconds
     while not (found := what()):
         assert process.poll() is None, 'it ended before: ' + ''.join(process.communicate())
@@ -97,7 +97,7 @@ def tables(run): return {str(p.relative_to(run.dir)): p.read_bytes() for p in so
 def test_smoke_passes(slurm, home, tmp_path):
     "Every table is the one that jobs without SLURM make."
     process = reproduce(tmp_path, '--executor', 'slurm', '--jobs', '4')
-    said, error = process.communicate(timeout=3000)
+    said, error = process.communicate(timeout=7200)
     assert process.returncode == 0, error + said
     run = Run('smoke', root=tmp_path/'runs')
     mine, theirs = tables(run), tables(Run('smoke', root=home/'runs'))  # which may have more seeds and tasks by now
@@ -127,9 +127,9 @@ def test_killed_and_requeued(slurm, tmp_path):
         begun.append(state.name)
         number = jobs(run, 'rl')[0]
         subprocess.run([*how, number], check=True)
-        wait_for(lambda: number not in jobs(run, 'rl'), process, 60)
+        wait_for(lambda: number not in jobs(run, 'rl'), process, 120)
         assert not run.checkpoint('rl', int(state.stem[3:])).exists(), 'it had ended before it was killed'
-    said, error = process.communicate(timeout=3000)
+    said, error = process.communicate(timeout=7200)
     assert process.returncode == 0, error + said
     log = (run.dir/'snakemake.log').read_text()
     assert log.count('has been submitted with SLURM jobid') == 1 + 2 + 1 + 1  # SFT, RL, the figure; the killed one is given to SLURM again, the requeued one is still the same job
@@ -159,7 +159,7 @@ def test_a_job_has_its_gpus(slurm, tmp_path):
     "What the scheduler is asked for, it gives: here in name only."
     if subprocess.run('sinfo --noheader --format=%G | grep -q gpu', shell=True).returncode: pytest.skip('this cluster has no GPU')
     run = Run('smoke', ('cluster.sft_gpus=1', 'cluster.sft_memory=3'), root=tmp_path/'runs')
-    process = reproduce(tmp_path, '--figure', 'F3', '--executor', 'slurm', '--set', 'cluster.sft_gpus=1', '--set', 'cluster.sft_memory=3')
+    process = reproduce(tmp_path, '--figure', 'F3', '--executor', 'slurm', '--jobs', '1', '--set', 'cluster.sft_gpus=1', '--set', 'cluster.sft_memory=3')
     try: job = wait_for(lambda: jobs(run, 'sft'), process)[0]
     finally: process.terminate()
     shown = subprocess.run(['scontrol', 'show', 'job', job], capture_output=True, text=True, check=True).stdout
