@@ -53,8 +53,20 @@ def test_what_cannot_be_is_said_at_once(tmp_path, words, says):
     assert not (tmp_path/'runs').exists()
 
 
+STARTED = []
+
+
 def reproduce(cwd, *words):
-    return subprocess.Popen([str(BIN/'rlheals'), 'reproduce', '--profile', 'smoke', *words], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | dict(HF_HUB_OFFLINE='1'))
+    STARTED.append(subprocess.Popen([str(BIN/'rlheals'), 'reproduce', '--profile', 'smoke', *words], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | dict(HF_HUB_OFFLINE='1')))
+    return STARTED[-1]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    "A test that fails takes its command with it."
+    yield
+    while STARTED:
+        if (process := STARTED.pop()).poll() is None: process.terminate(); process.communicate()
 
 
 @pytest.fixture(scope='module')
@@ -128,7 +140,7 @@ def test_killed_and_requeued(slurm, tmp_path):
         number = jobs(run, 'rl')[0]
         subprocess.run([*how, number], check=True)
         wait_for(lambda: number not in jobs(run, 'rl'), process, 120)
-        assert not run.checkpoint('rl', int(state.stem[3:])).exists(), 'it had ended before it was killed'
+        assert not (run.checkpoint('rl', int(state.stem[3:]))/'model.safetensors').exists(), 'it had ended before it was killed'
     said, error = process.communicate(timeout=7200)
     assert process.returncode == 0, error + said
     log = (run.dir/'snakemake.log').read_text()
