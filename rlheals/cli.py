@@ -26,7 +26,8 @@ def _fail(error, code=2):  # what is wrong with the input (2) or went wrong (1) 
 @app.command()
 def reproduce(
     profile: Annotated[str, typer.Option(help='What to run: tiny (all figures, in minutes) or smoke (shows that the chain runs).')] = 'tiny',
-    jobs: Annotated[int, typer.Option(help='Jobs side by side (0: one per core).', min=0)] = 0,
+    jobs: Annotated[int, typer.Option(help='Jobs side by side (0: one per core), or in the queue at a time (0: 100).', min=0)] = 0,
+    executor: Annotated[str, typer.Option(metavar='NAME', help='Where jobs run: local, or slurm; the settings cluster.* say what a job asks for.')] = 'local',
     set: Annotated[list[str], typer.Option('--set', metavar='KEY=VALUE', help='Change a setting; may be repeated. A wrong key lists the right ones.')] = [],
     task: Annotated[list[str], typer.Option('--task', metavar='NAME', help='general_points, navigation, rank, determinant, all, or package.module:Class; may be repeated.')] = ['general_points'],
     seeds: Annotated[int, typer.Option(help='Independent seeds; figures show their mean and spread.', min=1)] = 1,
@@ -47,7 +48,7 @@ def reproduce(
         for r in chain.variants(run, 1, tasks): r.config
         targets = _pictures(run, tasks, figure, seeds)
         if dry_run: return _dry_run(run, seeds, targets, tasks, jobs or os.cpu_count(), console)
-        done = chain.execute(run, seeds, jobs or None, targets, tasks, say=lambda line: print(line, flush=True), live=console.is_terminal, repair=repair)
+        done = chain.execute(run, seeds, jobs or None, targets, tasks, say=lambda line: print(line, flush=True), live=console.is_terminal, repair=repair, executor=executor)
     except ValueError as e: _fail(e)
     except chain.ChainError as e: _fail(e, 1)
     except KeyboardInterrupt: _fail('stopped: what is finished is kept, and the same command goes on from there', 130)

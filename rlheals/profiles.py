@@ -336,7 +336,7 @@ def run_name(
     task: str = 'general_points',  # the changes must be settings of it; the name does not depend on it
 ) -> str:
     "The directory name of a run: the profile, and what was changed (hashed when that grows long)."
-    return _run_name(profile, tuple(changes), task)
+    return _run_name(profile, tuple(c for c in changes if not c.startswith('cluster.')), task)  # a job that needed more hours goes on where it was
 
 @lru_cache(maxsize=None)
 def _run_name(profile, changes, task):
