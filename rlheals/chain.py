@@ -10,6 +10,7 @@ __all__ = ['PAPER', 'HOME', 'TABLES', 'ASKS', 'sft_files', 'rl_files', 'grpo_fil
 
 # %% ../nbs/19_chain.ipynb #55c33ede
 import json, math, os, re, shlex, shutil, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from .footprint import relative
 from .guard import MARK, ChainError, cancel_jobs, check_executor, check_memory, discard, end_workers, find_damaged, hold, queue_name, terminable
 from .models import check_model, pick_device, stored
 from .profiles import Run, check_engine, split_changes
+from .store import fetch, put
 from .surgery import surgery_plan
 from .tasks import TASKS
 
@@ -350,11 +352,13 @@ def execute(
     live: bool = False,  # draw bars on the terminal instead of printing a line per job
     repair: bool = False,  # delete finished files that are damaged, and make them again
     executor: str = 'local',  # where jobs run: `local`, on this machine, or `slurm`
+    store: str = '',  # URL of a place where finished files are kept, too; what is missing here is fetched from it
 ) -> int:
     "Do what is still to be done, with progress; the number of jobs done. `ChainError` says which stage failed and why, or why nothing can be started: the directory is in use or cannot be written to, or a finished file is damaged."
     check_executor(executor, run.config['cluster']['partition'])
     jobs, here = jobs or (os.cpu_count() if executor == 'local' else 100), replace(run, root=Path(run.root).resolve())
     with hold(here.dir, say), terminable():
+        if store and (got := fetch(here.dir, store)): say(f'{len(got)} files fetched from {store}')
         found = find_damaged([r.path() for r in variants(here, seeds, tasks)] + [here.dir/'bases'], {figures_dir(r, f) for r in variants(here, 1, tasks) for f in ('F1', 'F5')})
         if found and not repair:
             raise ChainError('finished files are damaged, they are not what was written there (SHA-256):\n  ' + '\n  '.join(map(str, found))
@@ -362,8 +366,9 @@ def execute(
         if found: say(f"damaged, and made again: {', '.join(map(str, found))}"); discard(found)
         _check_start(here, seeds, jobs, tasks, executor == 'local')
         todo, start = plan(run, seeds, targets, tasks), time.time()
-        if not todo: say(f'{here.dir}: everything is there, nothing to do'); return 0
-        try: return _work(here, seeds, jobs, targets, tasks, todo, start, say, live, executor)
+        if not todo: say(f'{here.dir}: everything is there, nothing to do')
+        try:
+            with _keeping(here, store) as keep: return _work(here, seeds, jobs, targets, tasks, todo, start, say, live, executor, keep) if todo else 0
         except OSError as e: raise ChainError(f'cannot write in {here.dir} ({e.strerror}): make room or give the right to write there; the same command goes on') from e
 
 def _check_start(run, seeds, jobs, tasks, here):  # before any work: is there a model, does it fit (if it is trained here), is there room for its checkpoints?
@@ -378,7 +383,18 @@ def _check_start(run, seeds, jobs, tasks, here):  # before any work: is there a 
         missing = [f for r in todo for f in todo[r] + [p for s in r.config['rl']['starts'] for p in rl_files(r, s)] if f.name == 'model.safetensors' and not f.exists()]
         need_room(run.dir, len(missing) * count * 4, f'the {len(missing)} checkpoints of this run')
 
-def _work(run, seeds, jobs, targets, tasks, todo, start, say, live, executor):  # how many jobs were done
+@contextmanager
+def _keeping(run, store):  # yields what is to be called with each job that is done: it puts what it made into the store, beside the work
+    if not store: yield lambda job: None; return
+    inside = lambda o: os.path.relpath(o.parent if o.name == 'model.safetensors' else o, run.dir)
+    with ThreadPoolExecutor(1) as pool:
+        try: yield lambda job: pool.submit(put, run.dir, store, [inside(o) for o in job.outputs])
+        finally:
+            if not isinstance(sys.exception(), (KeyboardInterrupt, SystemExit)):
+                try: put(run.dir, store)  # the rest, and what went wrong before
+                except Exception as e: raise ChainError(f'what is finished is in {run.dir}, but cannot be put into the store {store} [{e}]: the same command tries it again') from e
+
+def _work(run, seeds, jobs, targets, tasks, todo, start, say, live, executor, keep):  # how many jobs were done
     base, folder = run.dir, run.dir/'.progress'
     folder.mkdir(exist_ok=True)
     for old in folder.glob('*'): old.unlink()
@@ -386,7 +402,7 @@ def _work(run, seeds, jobs, targets, tasks, todo, start, say, live, executor):  
     if executor == 'slurm': (base/'.queue').touch()
     with log.open('w') as out:
         process = subprocess.Popen(snakemake(run, seeds, jobs, targets, tasks, executor=executor), stdout=out, stderr=subprocess.STDOUT, env=os.environ | {'RLHEALS_PROGRESS': str(folder), MARK: str(base)})
-        try: done = _watch(run, process, todo, cost, jobs, folder, start, say, live)
+        try: done = _watch(run, process, todo, cost, jobs, folder, start, say, live, keep)
         finally: end_workers(base); cancel_jobs(base)  # none, unless this was interrupted
     if process.returncode: raise ChainError('\n'.join(_no_writing(todo) + _ended(log.read_text()) + _failures(run, base, start)) or f'Snakemake stopped: see {log}\n{log.read_text()[-1500:]}')
     return len(done)
@@ -397,7 +413,7 @@ def _no_writing(todo):  # where jobs would have written and could not, whatever 
     return [f'cannot write in {d} (Read-only file system, or no right to): change that, and the same command goes on' for d in sorted(closed) if d.parent not in closed] + \
         [f'the disk of {d} is full (No space left on device): make room, and the same command goes on' for d in sorted(there)[:1] if shutil.disk_usage(d).free < 1e6]
 
-def _watch(run, process, todo, cost, jobs, folder, start, say, live):
+def _watch(run, process, todo, cost, jobs, folder, start, say, live, keep):
     from rich.progress import BarColumn, Progress, TextColumn
     bars = Progress(TextColumn('{task.description:32}'), BarColumn(), TextColumn('{task.fields[text]}'), disable=not live)
     total, done, rows, stop = sum(cost.values()), {}, {}, False
@@ -410,6 +426,7 @@ def _watch(run, process, todo, cost, jobs, folder, start, say, live):
             for j in todo:
                 if j in done or not all(o.exists() and o.stat().st_mtime >= start for o in j.outputs): continue
                 done[j] = now
+                keep(j)
                 if j in rows: bars.remove_task(rows.pop(j))
                 left = _left(cost, done, 0., now - start, jobs)
                 if not live: say(f'[{len(done):3}/{len(todo)}] {_label(j):32} {clock(now - start)} gone, about {clock(left)} left')

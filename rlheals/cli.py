@@ -35,6 +35,7 @@ def reproduce(
     dry_run: Annotated[bool, typer.Option('--dry-run', help='Only list the jobs and estimate their time.')] = False,
     repair: Annotated[bool, typer.Option('--repair', help='Delete finished files that are damaged, and make them again.')] = False,
     log: Annotated[str, typer.Option(metavar='NAME', help='Also log training to tensorboard (files in tensorboard/ inside the run), trackio or wandb.')] = '',
+    store: Annotated[str, typer.Option(metavar='URL', help='Also keep finished files there (s3://bucket/prefix, or a directory), and fetch from there what is missing here.')] = '',
     runs: Annotated[Path, typer.Option(help='Directory of all runs.')] = Path('runs'),
 ):
     "Train, evaluate, analyse and draw: make every figure that is missing or out of date."
@@ -48,7 +49,7 @@ def reproduce(
         for r in chain.variants(run, 1, tasks): r.config
         targets = _pictures(run, tasks, figure, seeds)
         if dry_run: return _dry_run(run, seeds, targets, tasks, jobs or os.cpu_count(), console)
-        done = chain.execute(run, seeds, jobs or None, targets, tasks, say=lambda line: print(line, flush=True), live=console.is_terminal, repair=repair, executor=executor)
+        done = chain.execute(run, seeds, jobs or None, targets, tasks, say=lambda line: print(line, flush=True), live=console.is_terminal, repair=repair, executor=executor, store=store)
     except ValueError as e: _fail(e)
     except chain.ChainError as e: _fail(e, 1)
     except KeyboardInterrupt: _fail('stopped: what is finished is kept, and the same command goes on from there', 130)

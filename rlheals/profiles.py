@@ -137,6 +137,8 @@ TINY = dict(
         rl_gpus=0, rl_memory=4., rl_hours=1.,  # and the other ways of training
         other_gpus=0, other_memory=4., other_hours=1.,  # evaluation, spectra, surgery, drift, figures
         partition=''),  # of the cluster ('': its default)
+    storage=dict(
+        keep='all'),  # weights of checkpoints: `all`, or `needed`, as long as something is still to be made from them
 )
 
 # What differs between tasks. Episodes as in the paper. SFT's examples are so few that ID accuracy ends near the paper's
@@ -189,6 +191,7 @@ PAPERS = dict(
     conditions=dict(starts=[200, 1600], threads=8),
     preserve=dict(checkpoints=[90, 140, 200, 400, 800, 1600], threads=8),
     scale=dict(sharding='fsdp2', precision='bfloat16', gradient_checkpointing=True),
+    storage=dict(keep='needed'),  # all of them are one or two terabytes
     cluster=dict(sft_gpus=4, sft_memory=256., sft_hours=12., rl_gpus=4, rl_memory=256., rl_hours=12., other_gpus=1, other_memory=128., other_hours=12.),
 )
 PROFILES['qwen2.5-7b'] = PAPERS | dict(model=PAPERS['model'] | dict(name='Qwen/Qwen2.5-7B-Instruct'))
@@ -264,6 +267,7 @@ def _check(c):
     for s in ('sft', 'rl', 'other'):
         need(c['cluster'][f'{s}_gpus'] >= 0, f'cluster.{s}_gpus', '0 or more')
         for k in ('memory', 'hours'): need(0 < c['cluster'][f'{s}_{k}'] < float('inf'), f'cluster.{s}_{k}', 'above 0')
+    need(c['storage']['keep'] in ('all', 'needed'), 'storage.keep', 'all or needed')
     need(c['lora']['rank'] >= 0, 'lora.rank', '0 (no LoRA) or more')
     need(0 < c['lora']['alpha'] < float('inf'), 'lora.alpha', 'above 0')
     need(c['grpo']['generations'] >= 2, 'grpo.generations', 'at least 2')

@@ -127,6 +127,20 @@ def test_conditions_on_request(home, run):
     assert table.read_bytes() == bytes_
 
 
+def test_weights_go_when_nothing_more_is_made_from_them(home):
+    "With storage.keep=needed: a table that needs deleted weights brings them back for as long as it takes."
+    whole, run = Run('smoke', root=home/'runs'), Run('smoke', ('storage.keep=needed',), root=home/'runs')
+    shutil.copytree(whole.dir, run.dir)
+    ask = lambda: rlheals('reproduce', '--profile', 'smoke', '--set', 'storage.keep=needed', cwd=home)
+    table, weights = run.table('eval-rl-00'), run.checkpoint('rl', 2)/'model.safetensors'
+    table.unlink(); weights.unlink()
+    done = ask()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert table.read_bytes() == whole.table('eval-rl-00').read_bytes() and not weights.exists()
+    assert 'nothing to do' in ask().stdout
+    shutil.rmtree(run.dir)
+
+
 def test_dry_run_lists_jobs_and_makes_none(home):
     done = rlheals('reproduce', '--profile', 'smoke', '--set', 'rl.updates=3', '--dry-run', cwd=home)
     assert done.returncode == 0 and 'about' in done.stdout and 'rl' in done.stdout, done.stderr
