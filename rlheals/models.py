@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'pick_device', 'attention', 'load_model', 'save_model', 'add_lora', 'is_lora', 'merged', 'weight_bytes',
-           'stored', 'memory', 'check_model', 'set_up_torch', 'processes', 'halving', 'in_parts', 'check_finite',
-           'check_gradient', 'encode', 'attends_to_all', 'shared_start', 'generate']
+           'stored', 'memory', 'check_model', 'set_up_torch', 'processes', 'is_sharded', 'computing', 'in_step',
+           'gathered', 'with_weights', 'halving', 'in_parts', 'over_all', 'check_finite', 'check_gradient', 'encode',
+           'attends_to_all', 'shared_start', 'generate']
 
 # %% ../nbs/06_models.ipynb #811a3727
-import copy, ctypes, json, math, os
+import copy, ctypes, json, math, os, tempfile
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 import numpy as np
@@ -36,12 +38,14 @@ def load_model(
     name,  # `tiny` (ships with the package), a directory, or a name on the Hugging Face hub
     device: str = 'auto',
     dtype: str = 'float32',  # `float32`, `bfloat16`, ...
+    scale: dict | None = None,  # the section `scale` of a profile, if the model is to be trained as that says
 ):
     "A causal language model in evaluation mode and its tokenizer; `ValueError` says what is wrong with a checkpoint that is damaged, incomplete, of another architecture or not a number. No code and no pickle that comes with a model is run."
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     path, device = ASSETS/'tiny' if str(name) == 'tiny' else name, pick_device(device)
     if Path(path).is_dir(): check(path, 'delete the directory, and make it again (for a checkpoint of a run, `rlheals reproduce --repair` does both)')
+    shared = _shards(device, scale)
     from transformers.utils import logging
     logging.disable_progress_bar()
     loud = logging.get_verbosity()
@@ -49,22 +53,23 @@ def load_model(
     try:
         tok = AutoTokenizer.from_pretrained(path, padding_side='left', trust_remote_code=False)
         model, found = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation=attention(device),
-                                                            trust_remote_code=False, use_safetensors=True, output_loading_info=True)
+                                                            trust_remote_code=False, use_safetensors=True, output_loading_info=True, **shared or {})
     except Exception as e:  # transformers, safetensors and tokenizers have a class each for what can be wrong
         raise ValueError(f"cannot load the model {str(name)!r}: give 'tiny', a directory with config.json, model.safetensors and a "
                          f'tokenizer, or a name on the Hugging Face hub (needs network) [{str(e) or type(e).__name__}]') from e
     finally: logging.set_verbosity(loud)
     if lost := sorted(found['missing_keys']) + sorted(k[0] if isinstance(k, tuple) else k for k in found['mismatched_keys']):
         raise ValueError(f'the weights of {str(name)!r} are not those of its config.json: {len(lost)} are missing or of another shape, like {lost[0]}: give a checkpoint that is whole, with its own config.json')
-    if wrong := next((n for n, p in model.named_parameters() if not p.isfinite().all()), None):
+    if wrong := next((n for n, p in model.named_parameters() if not _own(p).isfinite().all()), None):
         raise ValueError(f'{wrong} in the model {str(name)!r} has values that are not finite numbers: give a checkpoint from before they came about')
     if len(tok) > (rows := model.get_input_embeddings().num_embeddings):
         raise ValueError(f'the tokenizer of {str(name)!r} has {len(tok)} tokens and the model embeds only {rows}: give the tokenizer that the model was trained with')
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token
-    return model.to(device).eval(), tok
+    return _ready(model.to(device) if shared is None else model, scale).eval(), tok
 
 def save_model(model, tokenizer, path):
-    "Write a model as a Hugging Face directory (safetensors; adapters merged), which appears only when it is complete, with checksums."
+    "Write a model as a Hugging Face directory (safetensors; adapters merged), which appears only when it is complete, with checksums. A sharded model is written by the first process, and all must take part."
+    if is_sharded(model): return _save_sharded(model, tokenizer, path)
     with complete(path, sealed=True) as tmp:
         merged(model).save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
@@ -197,6 +202,90 @@ def _keep_memory():  # glibc gives every large tensor back to the system and tak
     except (OSError, AttributeError, TypeError): return  # another C library, which has other ways
     for option, size in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**25)): mallopt(option, size)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD (at most 32 MB)
 
+# %% ../nbs/06_models.ipynb #5c3d9e11
+def is_sharded(model) -> bool:
+    "Does each of several processes hold only a part of the weights?"
+    from torch.distributed.fsdp import FSDPModule
+    return isinstance(model, FSDPModule) or any(hasattr(p, 'ds_id') for p in model.parameters())  # ds_id: DeepSpeed's
+
+def _own(p):  # this process's part of a tensor
+    return p.to_local() if hasattr(p, 'to_local') else p
+
+def _shards(device, scale):  # what `from_pretrained` needs to know of sharding; None without
+    if not scale or scale['sharding'] == 'none' or (n := processes(device).num_processes) == 1: return None
+    if scale['sharding'] == 'zero3': return {}  # DeepSpeed shards what it is given
+    from transformers.distributed import DistributedConfig
+    return dict(distributed_config=DistributedConfig(fsdp_size=n, fsdp_mixed_precision=scale['precision'] == 'bfloat16'))
+
+def _ready(model, scale):  # to be trained as the section `scale` says
+    import torch
+    if scale and scale['gradient_checkpointing']: model.activation_checkpointing_enable(dict(use_reentrant=False))
+    if scale and scale['precision'] == 'bfloat16': model.computes_in = torch.bfloat16
+    if is_sharded(model): model.set_reshard_after_forward(True)  # else the last weights stay gathered after a pass without gradients, and grow stale
+    return model
+
+def computing(model):
+    "A context in which a model computes in the precision that it was loaded for; a sharded one does by itself."
+    import torch
+    dtype = getattr(model, 'computes_in', None)
+    return nullcontext() if dtype is None or is_sharded(model) else torch.autocast(model.device.type, dtype)
+
+def in_step(
+    model,
+    function,  # takes the model, and more
+):
+    "The function, for a call with all but the model; a sharded model's outermost weights are gathered for it, as for `forward`. All processes must call it."
+    from functools import partial
+    from types import MethodType
+    if not is_sharded(model): return partial(function, model)
+    from torch.distributed.fsdp import register_fsdp_forward_method
+    name = f'in_step_{function.__name__}'
+    if not hasattr(model, name):
+        setattr(model, name, MethodType(function, model))
+        register_fsdp_forward_method(model, name)
+    return getattr(model, name)
+
+@contextmanager
+def gathered(model):
+    "Around passes without gradients: each process has all the weights, so that the processes need not keep in step."
+    if not is_sharded(model): yield; return
+    from torch.distributed.fsdp import FSDPModule
+    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    model.set_reshard_after_forward(False)
+    for m in parts: m.unshard()
+    try: yield
+    finally:
+        for m in parts: m.reshard()
+        model.set_reshard_after_forward(True)
+
+@contextmanager
+def with_weights(
+    model,  # sharded
+    weights: list,  # this process's parts of others, one per parameter
+):
+    "Around passes without gradients: a sharded model has other weights."
+    import torch
+    def swap():
+        with torch.no_grad():
+            for p, other in zip(model.parameters(), weights):
+                kept = _own(p).clone()
+                _own(p).copy_(other); other.copy_(kept)
+    swap()
+    try: yield
+    finally: swap()
+
+def _save_sharded(model, tokenizer, path):  # the first process gathers one tensor after the other into its machine's memory
+    us, whole, zero3 = processes(), {}, any(hasattr(p, 'ds_id') for p in model.parameters())
+    if zero3:
+        from deepspeed.zero import GatheredParameters
+        for name, p in model.named_parameters():
+            with GatheredParameters([p]):
+                if us.is_main_process: whole[name] = p.detach().cpu().clone()
+    with complete(path, sealed=True) if us.is_main_process else tempfile.TemporaryDirectory() as tmp:
+        if us.is_main_process or not zero3: model.save_pretrained(tmp, state_dict=whole or None, max_shard_size='1TB')  # one file: the chain looks for it
+        if us.is_main_process: tokenizer.save_pretrained(tmp)
+    us.wait_for_everyone()  # who goes on finds it there
+
 # %% ../nbs/06_models.ipynb #7f75a87a
 def halving(
     work,  # takes how many rows at a time
@@ -227,6 +316,11 @@ def in_parts(
         lo += rows
     return out
 
+def over_all(x):
+    "The sum of a tensor over all processes; in one process the tensor itself."
+    from accelerate.utils import reduce
+    return reduce(x, 'sum')
+
 def check_finite(
     value,  # a number, or a tensor of one
     what: str,  # it is, like 'the loss at step 7'
@@ -242,7 +336,8 @@ def check_gradient(
 ):
     "`check_finite` of the norm of a model's gradient."
     import torch
-    check_finite(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]), f'the norm of the gradient at {what}', remedy)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    check_finite(norm.full_tensor() if hasattr(norm, 'full_tensor') else norm, f'the norm of the gradient at {what}', remedy)
 
 # %% ../nbs/06_models.ipynb #069e34c2
 def encode(
