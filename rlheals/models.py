@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'pick_device', 'attention', 'load_model', 'save_model', 'add_lora', 'is_lora', 'merged', 'weight_bytes',
-           'stored', 'memory', 'check_model', 'set_up_torch', 'processes', 'is_sharded', 'computing', 'in_step',
-           'gathered', 'with_weights', 'halving', 'in_parts', 'over_all', 'check_finite', 'check_gradient', 'encode',
-           'attends_to_all', 'shared_start', 'generate']
+           'stored', 'memory', 'check_model', 'set_up_torch', 'processes', 'is_sharded', 'own', 'computing', 'in_step',
+           'recompute', 'gathered', 'with_weights', 'halving', 'in_parts', 'over_all', 'check_finite', 'check_gradient',
+           'encode', 'attends_to_all', 'shared_start', 'generate']
 
 # %% ../nbs/06_models.ipynb #811a3727
 import copy, ctypes, json, math, os, tempfile
@@ -60,7 +60,7 @@ def load_model(
     finally: logging.set_verbosity(loud)
     if lost := sorted(found['missing_keys']) + sorted(k[0] if isinstance(k, tuple) else k for k in found['mismatched_keys']):
         raise ValueError(f'the weights of {str(name)!r} are not those of its config.json: {len(lost)} are missing or of another shape, like {lost[0]}: give a checkpoint that is whole, with its own config.json')
-    if wrong := next((n for n, p in model.named_parameters() if not _own(p).isfinite().all()), None):
+    if wrong := next((n for n, p in model.named_parameters() if not own(p).isfinite().all()), None):
         raise ValueError(f'{wrong} in the model {str(name)!r} has values that are not finite numbers: give a checkpoint from before they came about')
     if len(tok) > (rows := model.get_input_embeddings().num_embeddings):
         raise ValueError(f'the tokenizer of {str(name)!r} has {len(tok)} tokens and the model embeds only {rows}: give the tokenizer that the model was trained with')
@@ -208,7 +208,8 @@ def is_sharded(model) -> bool:
     from torch.distributed.fsdp import FSDPModule
     return isinstance(model, FSDPModule) or any(hasattr(p, 'ds_id') for p in model.parameters())  # ds_id: DeepSpeed's
 
-def _own(p):  # this process's part of a tensor
+def own(p):
+    "This process's part of a tensor, which is all of it unless that is sharded."
     return p.to_local() if hasattr(p, 'to_local') else p
 
 def _shards(device, scale):  # what `from_pretrained` needs to know of sharding; None without
@@ -245,6 +246,14 @@ def in_step(
         register_fsdp_forward_method(model, name)
     return getattr(model, name)
 
+def recompute(model):
+    "Let a model in evaluation mode compute activations twice, too, where it is to do so in training: its layers, not what is in them (dropout)."
+    import torch
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    if model.is_activation_checkpointing and torch.is_grad_enabled():
+        for m in model.modules():
+            if isinstance(m, GradientCheckpointingLayer): m.training = True
+
 @contextmanager
 def gathered(model):
     "Around passes without gradients: each process has all the weights, so that the processes need not keep in step."
@@ -268,8 +277,8 @@ def with_weights(
     def swap():
         with torch.no_grad():
             for p, other in zip(model.parameters(), weights):
-                kept = _own(p).clone()
-                _own(p).copy_(other); other.copy_(kept)
+                kept = own(p).clone()
+                own(p).copy_(other); other.copy_(kept)
     swap()
     try: yield
     finally: swap()
