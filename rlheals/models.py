@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'pick_device', 'attention', 'load_model', 'save_model', 'add_lora', 'is_lora', 'merged', 'weight_bytes',
-           'stored', 'memory', 'check_model', 'set_up_torch', 'processes', 'is_sharded', 'own', 'computing', 'in_step',
-           'recompute', 'gathered', 'with_weights', 'halving', 'in_parts', 'over_all', 'check_finite', 'check_gradient',
+           'stored', 'memory', 'check_model', 'set_up_torch', 'halving', 'in_parts', 'check_finite', 'check_gradient',
            'encode', 'attends_to_all', 'shared_start', 'generate']
 
 # %% ../nbs/06_models.ipynb #811a3727
 import copy, ctypes, json, math, os, tempfile
-from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 import numpy as np
 from .files import check, complete
+from .sharding import computing, is_sharded, own, processes
 
 # %% ../nbs/06_models.ipynb #af212cde
 ASSETS = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../rlheals/assets').resolve()
@@ -33,6 +32,19 @@ def pick_device(
 def attention(device: str) -> str:
     "The faster attention: plain matrix products on the CPU (twice as fast in training here), fused on a GPU."
     return 'eager' if device == 'cpu' else 'sdpa'
+
+def _shards(device, scale):  # what `from_pretrained` needs to know of sharding; None without
+    if not scale or scale['sharding'] == 'none' or (n := processes(device).num_processes) == 1: return None
+    if scale['sharding'] == 'zero3': return {}  # DeepSpeed shards what it is given
+    from transformers.distributed import DistributedConfig
+    return dict(distributed_config=DistributedConfig(fsdp_size=n, fsdp_mixed_precision=scale['precision'] == 'bfloat16'))
+
+def _ready(model, scale):  # to be trained as the section `scale` says
+    import torch
+    if scale and scale['gradient_checkpointing']: model.activation_checkpointing_enable(dict(use_reentrant=False))
+    if scale and scale['precision'] == 'bfloat16': model.computes_in = torch.bfloat16
+    if is_sharded(model): model.set_reshard_after_forward(True)  # else the last weights stay gathered after a pass without gradients, and grow stale
+    return model
 
 def load_model(
     name,  # `tiny` (ships with the package), a directory, or a name on the Hugging Face hub
@@ -66,6 +78,18 @@ def load_model(
         raise ValueError(f'the tokenizer of {str(name)!r} has {len(tok)} tokens and the model embeds only {rows}: give the tokenizer that the model was trained with')
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token
     return _ready(model.to(device) if shared is None else model, scale).eval(), tok
+
+def _save_sharded(model, tokenizer, path):  # the first process gathers one tensor after the other into its machine's memory
+    us, whole, zero3 = processes(), {}, any(hasattr(p, 'ds_id') for p in model.parameters())
+    if zero3:
+        from deepspeed.zero import GatheredParameters
+        for name, p in model.named_parameters():
+            with GatheredParameters([p]):
+                if us.is_main_process: whole[name] = p.detach().cpu().clone()
+    with complete(path, sealed=True) if us.is_main_process else tempfile.TemporaryDirectory() as tmp:
+        if us.is_main_process or not zero3: model.save_pretrained(tmp, state_dict=whole or None, max_shard_size='1TB')  # one file: the chain looks for it
+        if us.is_main_process: tokenizer.save_pretrained(tmp)
+    us.wait_for_everyone()  # who goes on finds it there
 
 def save_model(model, tokenizer, path):
     "Write a model as a Hugging Face directory (safetensors; adapters merged), which appears only when it is complete, with checksums. A sharded model is written by the first process, and all must take part."
@@ -190,110 +214,10 @@ def set_up_torch(
     _keep_memory()
     if seed is not None: torch.manual_seed(seed)
 
-def processes(
-    device: str = '',  # `cpu`, if the model is there (asked at the first call only)
-):
-    "The processes that train together, as accelerate knows them: one, unless started by `accelerate launch`."
-    from accelerate import PartialState
-    return PartialState(cpu=device == 'cpu')
-
 def _keep_memory():  # glibc gives every large tensor back to the system and takes it anew, page fault by page fault: a fifth of the time of training here
     try: mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError): return  # another C library, which has other ways
     for option, size in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**25)): mallopt(option, size)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD (at most 32 MB)
-
-# %% ../nbs/06_models.ipynb #5c3d9e11
-def is_sharded(model) -> bool:
-    "Does each of several processes hold only a part of the weights?"
-    from torch.distributed.fsdp import FSDPModule
-    return isinstance(model, FSDPModule) or any(hasattr(p, 'ds_id') for p in model.parameters())  # ds_id: DeepSpeed's
-
-def own(p):
-    "This process's part of a tensor, which is all of it unless that is sharded."
-    return p.to_local() if hasattr(p, 'to_local') else p
-
-def _shards(device, scale):  # what `from_pretrained` needs to know of sharding; None without
-    if not scale or scale['sharding'] == 'none' or (n := processes(device).num_processes) == 1: return None
-    if scale['sharding'] == 'zero3': return {}  # DeepSpeed shards what it is given
-    from transformers.distributed import DistributedConfig
-    return dict(distributed_config=DistributedConfig(fsdp_size=n, fsdp_mixed_precision=scale['precision'] == 'bfloat16'))
-
-def _ready(model, scale):  # to be trained as the section `scale` says
-    import torch
-    if scale and scale['gradient_checkpointing']: model.activation_checkpointing_enable(dict(use_reentrant=False))
-    if scale and scale['precision'] == 'bfloat16': model.computes_in = torch.bfloat16
-    if is_sharded(model): model.set_reshard_after_forward(True)  # else the last weights stay gathered after a pass without gradients, and grow stale
-    return model
-
-def computing(model):
-    "A context in which a model computes in the precision that it was loaded for; a sharded one does by itself."
-    import torch
-    dtype = getattr(model, 'computes_in', None)
-    return nullcontext() if dtype is None or is_sharded(model) else torch.autocast(model.device.type, dtype)
-
-def in_step(
-    model,
-    function,  # takes the model, and more
-):
-    "The function, for a call with all but the model; a sharded model's outermost weights are gathered for it, as for `forward`. All processes must call it."
-    from functools import partial
-    from types import MethodType
-    if not is_sharded(model): return partial(function, model)
-    from torch.distributed.fsdp import register_fsdp_forward_method
-    name = f'in_step_{function.__name__}'
-    if not hasattr(model, name):
-        setattr(model, name, MethodType(function, model))
-        register_fsdp_forward_method(model, name)
-    return getattr(model, name)
-
-def recompute(model):
-    "Let a model in evaluation mode compute activations twice, too, where it is to do so in training: its layers, not what is in them (dropout)."
-    import torch
-    from transformers.modeling_layers import GradientCheckpointingLayer
-    if model.is_activation_checkpointing and torch.is_grad_enabled():
-        for m in model.modules():
-            if isinstance(m, GradientCheckpointingLayer): m.training = True
-
-@contextmanager
-def gathered(model):
-    "Around passes without gradients: each process has all the weights, so that the processes need not keep in step."
-    if not is_sharded(model): yield; return
-    from torch.distributed.fsdp import FSDPModule
-    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    model.set_reshard_after_forward(False)
-    for m in parts: m.unshard()
-    try: yield
-    finally:
-        for m in parts: m.reshard()
-        model.set_reshard_after_forward(True)
-
-@contextmanager
-def with_weights(
-    model,  # sharded
-    weights: list,  # this process's parts of others, one per parameter
-):
-    "Around passes without gradients: a sharded model has other weights."
-    import torch
-    def swap():
-        with torch.no_grad():
-            for p, other in zip(model.parameters(), weights):
-                kept = own(p).clone()
-                own(p).copy_(other); other.copy_(kept)
-    swap()
-    try: yield
-    finally: swap()
-
-def _save_sharded(model, tokenizer, path):  # the first process gathers one tensor after the other into its machine's memory
-    us, whole, zero3 = processes(), {}, any(hasattr(p, 'ds_id') for p in model.parameters())
-    if zero3:
-        from deepspeed.zero import GatheredParameters
-        for name, p in model.named_parameters():
-            with GatheredParameters([p]):
-                if us.is_main_process: whole[name] = p.detach().cpu().clone()
-    with complete(path, sealed=True) if us.is_main_process else tempfile.TemporaryDirectory() as tmp:
-        if us.is_main_process or not zero3: model.save_pretrained(tmp, state_dict=whole or None, max_shard_size='1TB')  # one file: the chain looks for it
-        if us.is_main_process: tokenizer.save_pretrained(tmp)
-    us.wait_for_everyone()  # who goes on finds it there
 
 # %% ../nbs/06_models.ipynb #7f75a87a
 def halving(
@@ -324,11 +248,6 @@ def in_parts(
         out.append(result)
         lo += rows
     return out
-
-def over_all(x):
-    "The sum of a tensor over all processes; in one process the tensor itself."
-    from accelerate.utils import reduce
-    return reduce(x, 'sum')
 
 def check_finite(
     value,  # a number, or a tensor of one
@@ -428,7 +347,7 @@ def generate(
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))  # like lengths together: less padding
     def part(rows):
         return dict(zip(rows, _generate(model, tokenizer, [contexts[i] for i in rows], max_new_tokens, temperature, chance[rows].to(model.device))))
-    with torch.inference_mode():
+    with torch.inference_mode(), computing(model):
         for more in in_parts(part, order, batch_size, 'generation'): answers |= more
     model.train(was_training)
     return [answers[i] for i in range(len(contexts))]

@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 from .files import complete, damaged, need_room, remove
-from .models import add_lora, check_finite, computing, encode, gathered, halving, in_parts, in_step, is_lora, is_sharded, load_model, own, over_all, processes, recompute, save_model, set_up_torch, shared_start, weight_bytes, with_weights
+from .models import add_lora, check_finite, encode, halving, in_parts, is_lora, load_model, save_model, set_up_torch, shared_start, weight_bytes
 from .profiles import Run, keep_stopped, launch, tracker
 from .rollout import answer_all, vllm_engine
+from .sharding import computing, gathered, in_step, is_sharded, over_all, own, processes, recompute, with_weights
 from .tasks import Episode, Task, hash64, seeded, steps
 
 # %% ../nbs/11_ppo.ipynb #5973f797

@@ -15,7 +15,8 @@ from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from .files import Damaged, check, complete
-from .models import ASSETS, is_sharded, pick_device, processes, save_model
+from .models import ASSETS, pick_device, save_model
+from .sharding import is_sharded, processes
 from .tasks import hash64, load_task, task_options
 
 # %% ../nbs/08_profiles.ipynb #d418f289

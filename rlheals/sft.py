@@ -9,8 +9,9 @@ __all__ = ['mean_loss', 'train_sft', 'sft_data', 'sft_stage', 'base_stage']
 import json, os, tempfile
 from pathlib import Path
 from .files import complete, need_room
-from .models import add_lora, check_finite, check_gradient, computing, halving, is_sharded, load_model, over_all, processes, save_model, set_up_torch, weight_bytes
+from .models import add_lora, check_finite, check_gradient, halving, load_model, save_model, set_up_torch, weight_bytes
 from .profiles import Run, keep_stopped, launch, tracker
+from .sharding import computing, is_sharded, over_all, processes
 from .tasks import examples, fingerprint, hash64
 from .views import as_dataset
 
