@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import rlheals.ppo
 from rlheals.general_points import GeneralPoints
 from rlheals.models import ASSETS, encode, load_model, set_up_torch
 from rlheals.ppo import rl_stage, score, train_ppo
@@ -77,12 +76,20 @@ with gathered(model): said['gathered'] = [str(model.lm_head.weight.dtype), list(
 '''
 
 
+@pytest.fixture(scope='module', autouse=True)
+def no_gpu():
+    "All of this is for the CPU."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('CUDA_VISIBLE_DEVICES', '')
+        yield
+
+
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     "A smoke run in one process, and sharded over two, which compute activations twice; as far as the end of RL from its last SFT checkpoint."
     out = {}
     for n, more in ((1, ()), (2, ('scale.sharding=fsdp2', 'scale.gradient_checkpointing=true'))):
-        run = Run('smoke', (f'sft.processes={n}', f'rl.processes={n}', 'sft.threads=1', 'rl.envs=9', *more), 0, tmp_path_factory.mktemp(f'sharded{n}'))
+        run = Run('smoke', (f'sft.processes={n}', f'rl.processes={n}', 'sft.threads=1', 'rl.envs=9', 'model.device=cpu', *more), 0, tmp_path_factory.mktemp(f'sharded{n}'))
         out[n] = (run, sft_stage(run), rl_stage(run, 4))
     return out
 
