@@ -123,6 +123,7 @@ def footprint(
         out |= dict(gradients=trained * b / shards, optimiser=2 * trained * b / shards)
         if mixed and shards == 1: out['gathered'] = 2 * s.parameters  # autocast keeps narrow copies
         if shards > 1: out['gathered'] = width * (2 * (s.parameters - 2 * s.vocab * s.hidden) / s.layers + 2 * s.vocab * s.hidden) * 2  # two layers at a time, embeddings and head; weights and gradients
+        if shards > 1 and stage == 'rl': out['gathered'] = max(out['gathered'], s.parameters * width)  # scoring and sampling gather all of them
         if stage == 'sft':
             rows, L = c['sft']['batch_size'] // devices, n.prompt + n.answer
             out['activations'] = _activations(s, rows, L, L, c, width, gpu) + LOGITS * rows * L * s.vocab * 4
@@ -220,7 +221,7 @@ def check_footprint(
         part, most = max(((k, v) for k, v in f.parts.items() if k != 'libraries'), key=lambda kv: kv[1])
         ways = ['more or larger GPUs' if gpu else 'a machine with more memory']
         if part in ('weights', 'gradients', 'optimiser', 'start', 'gathered'):
-            ways += ['lora.rank=16'] * (not run.config['lora']['rank']) + ['scale.sharding=fsdp2'] * (devices > 1 and run.config['scale']['sharding'] == 'none')
+            ways += ['lora.rank=16' + ' with scale.sharding=none' * (run.config['scale']['sharding'] != 'none')] * (not run.config['lora']['rank']) + ['scale.sharding=fsdp2'] * (devices > 1 and run.config['scale']['sharding'] == 'none')
         elif part == 'activations': ways += ['a smaller sft.batch_size' if stage == 'sft' else 'a smaller rl.micro_batch'] + ['scale.gradient_checkpointing=true'] * (not run.config['scale']['gradient_checkpointing'])
         elif part == 'cache': ways += ['fewer eval.episodes' if stage == 'evaluate' else 'fewer rl.envs', 'a smaller model.max_new_tokens']
         raise ValueError(f"{run.profile} does not fit: {stage} takes {f.total / 2**30:.1f} GiB on each of {devices} device{'s' * (devices > 1)} with {device.memory / 2**30:.1f} GiB, most of it {part} ({most / 2**30:.1f} GiB): use {', or '.join(ways)}")

