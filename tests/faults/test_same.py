@@ -18,13 +18,15 @@ def made(home, profile, jobs):
 
 
 @pytest.mark.long
-def test_smoke_with_one_job_and_with_two(tmp_path):
+def test_smoke_with_one_job_and_with_two(tmp_path, say):
     one, two = (made(tmp_path/f'{n} at a time', 'smoke', n) for n in (1, 2))
-    assert one == two and len(one) > 80
+    assert one == two and len(one) > 60
+    say(f'smoke with one job at a time and with two: the same {len(one)} files')
 
 
 @pytest.mark.hours
-def test_tiny_twice(tmp_path):
+def test_tiny_twice(tmp_path, say):
     "Two whole runs of the default profile, with one job at a time and with two: every table, checkpoint and figure."
     one, two = (made(tmp_path/f'{n} at a time', 'tiny', n) for n in (1, 2))
-    assert one == two and len(one) > 150
+    assert one == two and len(one) > 100
+    say(f'tiny with one job at a time and with two: the same {len(one)} files')
