@@ -11,7 +11,7 @@ __all__ = ['PAPER', 'HOME', 'TABLES', 'ASKS', 'STARTS', 'sft_files', 'rl_files',
 # %% ../nbs/19_chain.ipynb #55c33ede
 import json, math, os, re, shlex, shutil, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
@@ -19,9 +19,9 @@ from .baselines import baseline_plan, budget
 from .conditions import CONDITIONS, condition_run, conditions_of, made_already
 from .evaluate import evaluation_parts
 from .files import complete, digest, need_room
-from .footprint import relative
+from .footprint import Device, UnknownShape, check_footprint, relative
 from .guard import MARK, ChainError, cancel_jobs, check_executor, check_memory, discard, end_workers, find_damaged, hold, queue_name, terminable
-from .models import check_model, pick_device, stored
+from .models import check_model, memory, pick_device, stored
 from .profiles import Run, check_engine, split_changes
 from .store import fetch, put
 from .surgery import surgery_plan
@@ -381,6 +381,8 @@ def _check_start(run, seeds, jobs, tasks, here):  # before any work: is there a 
     if name != 'anew': check_model(name, run.config['model']['dtype'])
     if (count := stored(run.base)) is not None:  # else its weights are not here yet
         if here: check_memory(run, count, jobs)
+        if here and name != 'tiny' and pick_device(run.config['model']['device']) == 'cpu':  # where memory that runs out ends a process, not a batch
+            with suppress(UnknownShape): check_footprint(run, Device(memory(), 1, 1), max(run.config[s]['processes'] for s in ('sft', 'rl')))
         missing = [f for r in todo for f in todo[r] + [p for s in r.config['rl']['starts'] for p in rl_files(r, s)] if f.name == 'model.safetensors' and not f.exists()]
         need_room(run.dir, len(missing) * count * 4, f'the {len(missing)} checkpoints of this run')
 

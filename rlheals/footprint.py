@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Shape', 'CONFIGS', 'Lengths', 'BYTES', 'LIBRARIES', 'LOGITS', 'Footprint', 'Device', 'GPUS', 'REACHED', 'LAUNCH',
-           'STAGES', 'shape', 'lengths', 'footprint', 'this_cpu', 'seconds_of', 'disk_of', 'check_footprint',
-           'plan_for', 'relative']
+           'STAGES', 'UnknownShape', 'shape', 'lengths', 'footprint', 'this_cpu', 'seconds_of', 'disk_of',
+           'check_footprint', 'plan_for', 'relative']
 
 # %% ../nbs/18e_footprint.ipynb #a1a02383
 import json
@@ -20,6 +20,9 @@ from .tasks import Episode, examples
 # %% ../nbs/18e_footprint.ipynb #601cac7c
 Shape = namedtuple('Shape', 'layers hidden mlp heads kv_heads head_dim vocab parameters')
 
+class UnknownShape(ValueError):
+    "A model whose `config.json` is not here, or not that of a Llama-like model."
+
 CONFIGS = {'Qwen/Qwen2.5-7B-Instruct': 'qwen2.5-7b', 'meta-llama/Llama-3.2-11B-Vision-Instruct': 'llama3.2-11b'}  # that ship with the package
 
 def _config(name):  # of a model
@@ -32,7 +35,7 @@ def _config(name):  # of a model
     else:
         from huggingface_hub import hf_hub_download
         try: file = Path(hf_hub_download(str(path), 'config.json'))
-        except Exception as e: raise ValueError(f'the shape of {str(name)!r} is not known: its config.json is not here and cannot be had from the hub: give a directory that has it [{str(e).splitlines()[0]}]') from e
+        except Exception as e: raise UnknownShape(f'the shape of {str(name)!r} is not known: its config.json is not here and cannot be had from the hub: give a directory that has it [{str(e).splitlines()[0]}]') from e
     found = json.loads(file.read_text())
     return found | found.get('text_config', {})
 
@@ -42,7 +45,9 @@ def shape(
 ) -> Shape:
     "The shape of a Llama-like model (Llama, Qwen, Mistral, SmolLM ...), without its weights; of one that also sees, its language part."
     c = _config(name)
-    n, h, m, a, V = c['num_hidden_layers'], c['hidden_size'], c['intermediate_size'], c['num_attention_heads'], c['vocab_size']
+    wanted = ('num_hidden_layers', 'hidden_size', 'intermediate_size', 'num_attention_heads', 'vocab_size')
+    if missing := [k for k in wanted if k not in c]: raise UnknownShape(f"the config.json of {str(name)!r} has no {', '.join(missing)}: only the shapes of Llama-like models are known")
+    n, h, m, a, V = (c[k] for k in wanted)
     k, d = c.get('num_key_value_heads') or a, c.get('head_dim') or h // a
     extra = 8 if c.get('cross_attention_layers') else 0  # Mllama embeds eight tokens more than it can say
     crossing = len(c.get('cross_attention_layers') or ())  # have norms of queries and keys and two gates more
@@ -255,4 +260,4 @@ def plan_for(
 def relative(run: Run) -> float:
     "How many times as many operations an example takes as one of GeneralPoints takes of `tiny` (1 for a model that is not here yet)."
     try: return shape(run.base).parameters * sum(lengths(run)[:2]) / (shape('tiny').parameters * sum(lengths(Run())[:2]))
-    except (OSError, KeyError, ValueError): return 1.
+    except (OSError, ValueError): return 1.

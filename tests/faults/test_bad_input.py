@@ -80,6 +80,14 @@ def test_plans_that_cannot_be(tmp_path, words, says, code):
     assert says in said, said
 
 
+def test_a_model_whose_training_does_not_fit(tmp_path):
+    "Its weights would, what training keeps beside them would not: on a processor nothing else could be done about it than ending the process."
+    from rlheals.models import ASSETS
+    shutil.copytree(ASSETS/'tiny', tmp_path/'model')
+    said = refused(['reproduce', '--profile', 'smoke', '--set', f'model.name={tmp_path/"model"}', '--set', 'sft.batch_size=4000000'], tmp_path, limit=10)
+    assert 'smoke does not fit: sft takes' in said and 'a smaller sft.batch_size' in said, said
+
+
 def test_a_model_without_network(tmp_path):
     "Not offline by a switch, but because there is no way to the hub: no long waiting for it."
     said = refused(['reproduce', '--profile', 'smoke', '--set', 'model.name=nobody/no-such-model-at-all'], tmp_path, HF_HUB_OFFLINE='0', HF_ENDPOINT='http://127.0.0.1:9')
