@@ -148,9 +148,10 @@ def figures_dir(
     run: Run,
     figure: str = '',  # a figure across tasks is kept beside those of GeneralPoints
 ) -> Path:
-    "Where figures go: `figures/` beside the runs for the default run, inside the run's directory for any other; tasks have directories in it."
+    "Where figures go: `figures/` beside the runs for the default run, `figures/smollm2/` for that of `smollm2`, inside the run's directory for any other; tasks have directories in it."
     from rlheals.figures import ACROSS
-    base = Path(run.root).resolve().parent/'figures' if run.dir.name == 'tiny' else run.dir/'figures'
+    beside = dict(tiny='', smollm2='smollm2').get(run.dir.name)
+    base = run.dir/'figures' if beside is None else Path(run.root).resolve().parent/'figures'/beside
     return base if run.task_name == HOME or figure in ACROSS else base/run.task_dir
 
 # %% ../nbs/19_chain.ipynb #27b19a4d

@@ -106,8 +106,9 @@ def _plan_tables(run, device, n, on_gpu, console):
     for k in parts: table.add_row(k, *(f'{f.parts[k] / 2**30:.2f}' if k in f.parts else '' for f in peaks.values()), end_section=k == parts[-1])
     table.add_row('in all', *(f'[bold]{f.total / 2**30:.2f}[/]' for f in peaks.values()))
     table.add_row(f'of {device.memory / 2**30:.1f}', *(f'{f.total / device.memory:.0%}' for f in peaks.values()))
-    console.print(table, 'Of activations and cache only the larger counts: they are not there at the same time.\n', sep='\n')
-    console.print('Time and disk, for one task and seed')
+    console.print(table)
+    if on_gpu: console.print('Of activations and cache only the larger counts: they are not there at the same time.')
+    console.print('\nTime and disk, for one task and seed')
     table, total = Table('stage', 'about', 'disk'), 0.
     for s in STAGES:
         took, disk = seconds_of(run, s, device, n if s in ('sft', 'rl') else 1, on_gpu), disk_of(run, s)

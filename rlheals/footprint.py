@@ -95,7 +95,7 @@ def _tokenizer(name):  # None where it is not on this machine
 BYTES = dict(float32=4, bfloat16=2, float16=2)
 LIBRARIES = .55 * 2**30  # of Python, torch, transformers and TRL
 LOGITS = 5  # arrays of them, in float32
-Footprint = namedtuple('Footprint', 'parts total')  # `parts`: name -> bytes; of `activations` and `cache` only the larger counts in the total
+Footprint = namedtuple('Footprint', 'parts total')  # `parts`: name -> bytes; of `activations` and `cache` only the larger counts in the total on a GPU
 
 def _kept(s, L, fused):  # numbers that a layer keeps for the backward pass, per token of a sequence of length L
     return 7 * s.hidden + 3 * s.heads * s.head_dim + 4 * s.mlp + (0 if fused else s.heads * L)
@@ -144,7 +144,8 @@ def footprint(
     if room and gpu and 'cache' in out and (stage == 'evaluate' or c['rl']['engine'] != 'vllm'):  # it takes fewer at a time where memory runs out
         out['cache'] = max(min(out['cache'], room - sum(v for k, v in out.items() if k not in ('activations', 'cache'))), sampling(1))
     if not gpu: out |= dict(libraries=LIBRARIES, **(dict(saving=s.parameters * b) if stage != 'evaluate' else {}))  # safetensors copies all of it to write it
-    return Footprint(out, sum(v for k, v in out.items() if k not in ('activations', 'cache')) + max(out.get('activations', 0), out.get('cache', 0)))
+    both = (out.get('activations', 0), out.get('cache', 0))
+    return Footprint(out, sum(v for k, v in out.items() if k not in ('activations', 'cache')) + (max(both) if gpu else sum(both)))
 
 def _lora(s, rank):  # trained parameters of adapters on all linear layers
     q, k = s.heads * s.head_dim, s.kv_heads * s.head_dim

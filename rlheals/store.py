@@ -43,8 +43,9 @@ def read_manifest(
 def _kept(folder):  # the files of a run that are worth keeping: not what is half-written, or only means something to processes of this machine
     for f in sorted(Path(folder).rglob('*')):
         name = f.relative_to(folder)
-        if f.is_symlink() or not f.is_file() or {'.snakemake', '.progress', 'partial', 'svd', 'conditions'} & set(name.parts): continue
-        if f.name.startswith('.') and f.suffix != '.sha256' or any(p.startswith('.') for p in name.parts[:-1]): continue
+        if f.is_symlink() or not f.is_file(): continue
+        if name.parts[:2] != ('.snakemake', 'metadata'):  # by which Snakemake knows that what is newer may be the same
+            if {'partial', 'svd', 'conditions'} & set(name.parts) or any(p.startswith('.') for p in name.parts[:-1]) or f.name.startswith('.') and f.suffix != '.sha256': continue
         yield str(name), f
 
 # %% ../nbs/05d_store.ipynb #2afc79e7

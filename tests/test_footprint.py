@@ -9,15 +9,16 @@ TINY = ('sft.max_steps=6', 'rl.starts=6', 'rl.updates=2')
 SMOLLM2 = ('sft.max_steps=2', 'sft.batch_size=8', 'sft.test_examples=8', 'rl.starts=2', 'rl.updates=2', 'rl.envs=8', 'rl.turns=2', 'rl.minibatch=8', 'rl.micro_batch=4', 'model.max_new_tokens=64', 'task.tries=2')
 
 
+# What the system says of a process that has ended (ru_maxrss) may be its parent's, so it tells itself.
+CODE = "import atexit, re, runpy, sys; atexit.register(lambda: print('peak', re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])); sys.argv[0] = 'rlheals'; runpy.run_module('rlheals.cli', run_name='__main__')"
+
+
 def peak(run, *words):
-    "The bytes that a stage takes at most, as the system saw it."
-    said = open(run.root/'said', 'w+')
-    command = [sys.executable, '-m', 'rlheals.cli', 'stage', *words, '--profile', run.profile, '--runs', str(run.root), *(x for c in run.changes for x in ('--set', c))]
-    process = subprocess.Popen(command, env=os.environ | dict(HF_HUB_OFFLINE='1'), stdout=said, stderr=subprocess.STDOUT)
-    _, code, usage = os.wait4(process.pid, 0)
-    said.seek(0)
-    assert code == 0, said.read()[-2000:]
-    return usage.ru_maxrss * 1024
+    "The bytes that a stage takes at most, as the system sees it."
+    command = [sys.executable, '-c', CODE, 'stage', *words, '--profile', run.profile, '--runs', str(run.root), *(x for c in run.changes for x in ('--set', c))]
+    done = subprocess.run(command, env=os.environ | dict(HF_HUB_OFFLINE='1'), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-1000:]
+    return int(done.stdout.split()[-1]) * 1024
 
 
 def compared(run, say):
@@ -27,6 +28,7 @@ def compared(run, say):
         assert abs(planned / took - 1) < .15
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux, which tells a process its memory")
 def test_the_plan_is_right_for_tiny(tmp_path, say): compared(Run('tiny', TINY, root=tmp_path), say)
 
 
