@@ -93,7 +93,7 @@ def _tokenizer(name):  # None where it is not on this machine
 
 # %% ../nbs/18e_footprint.ipynb #68ec227d
 BYTES = dict(float32=4, bfloat16=2, float16=2)
-LIBRARIES = .55 * 2**30  # of Python, torch, transformers and TRL
+LIBRARIES = .6 * 2**30  # of Python, torch, transformers and TRL
 LOGITS = 5  # arrays of them, in float32
 Footprint = namedtuple('Footprint', 'parts total')  # `parts`: name -> bytes; of `activations` and `cache` only the larger counts in the total on a GPU
 
