@@ -59,6 +59,7 @@ def shape(
 # %% ../nbs/18e_footprint.ipynb #2b8d9583
 Lengths = namedtuple('Lengths', 'prompt answer followup shared')  # tokens, the longest of some; `shared`: what all prompts begin with
 
+@lru_cache(maxsize=64)  # asked for each job, when their times are estimated
 def lengths(
     run: Run,
     problems: int = 32,

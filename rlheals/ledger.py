@@ -15,7 +15,7 @@ from .chain import HOME, TABLES, command, execute, figures_dir, load_tables, pro
 from .claims import CLAIMS, NEEDS, arrays, ledger_rows
 from .files import complete, record_outputs
 from .plots import TASK_NAMES
-from .profiles import Run
+from .profiles import TINY, Run
 from .tasks import TASKS
 
 # %% ../nbs/19b_ledger.ipynb #1338eaf2
@@ -150,7 +150,7 @@ def save_ledger(
     with complete(folder/'ledger.json') as tmp: tmp.write_text(json.dumps(record, indent=1, sort_keys=True) + '\n')
     return folder
 
-LAYOUT = ('scale', 'cluster', 'storage')  # sections of the settings that say where and how, not what
+LAYOUT = ('cluster', 'storage')  # sections of the settings that say where, not what
 
 def read_published(
     run: Run,
@@ -163,7 +163,7 @@ def read_published(
     with np.load(folder/'ledger.npz') as kept:
         for t in tasks or sorted(record['seeds'], key=lambda t: [*TASKS, t].index(t)):
             if t not in record['seeds']: raise ValueError(f"the ledger in {folder} has nothing on {t}, but on {', '.join(record['seeds'])}: make it with\n  {command(run, [t], SEEDS)}")
-            then, now = record['settings'][t], json.loads(json.dumps(replace(run, task_name=t).config))
+            then, now = dict(scale=TINY['scale']) | record['settings'][t], json.loads(json.dumps(replace(run, task_name=t).config))
             if any(then[s] != now.get(s) for s in then if s not in LAYOUT): raise ValueError(f'the ledger in {folder} was made with other settings of {t}: make it again with\n  {command(run, [t], SEEDS)}')
             out[t] = {k.removeprefix(f'{t}/'): kept[k] for k in kept.files if k.startswith(f'{t}/')}
     return out

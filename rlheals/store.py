@@ -7,8 +7,9 @@ __all__ = ['MANIFEST', 'is_url', 'open_store', 'read_manifest', 'put', 'fetch', 
 
 # %% ../nbs/05d_store.ipynb #936d8c2a
 import json, os, re, time
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from .files import SUMS, Damaged, complete, damaged, record_of
+from .tasks import hash64
 
 # %% ../nbs/05d_store.ipynb #c02a654a
 MANIFEST = 'manifest.json'
@@ -35,10 +36,12 @@ def read_manifest(
     url: str,
 ) -> dict[str, list]:  # name -> [bytes, time of the last change in nanoseconds]
     "What a store holds; nothing if there is none yet."
-    fs, path = open_store(url)
+    return _manifest(*open_store(url))
+
+def _manifest(fs, path):
     if not fs.exists(f'{path}/{MANIFEST}'): return {}
     try: return json.loads(fs.cat_file(f'{path}/{MANIFEST}'))
-    except ValueError as e: raise ValueError(f'{url}/{MANIFEST} is not a manifest [{e}]: use the URL of a store, or of a place where there is nothing yet') from e
+    except ValueError as e: raise ValueError(f'{path}/{MANIFEST} is not a manifest [{e}]: use the URL of a store, or of a place where there is nothing yet') from e
 
 def _kept(folder):  # the files of a run that are worth keeping: not what is half-written, or only means something to processes of this machine
     for f in sorted(Path(folder).rglob('*')):
@@ -55,8 +58,8 @@ def put(
     only=None,  # names of files or directories in it (default: all that is finished)
 ) -> list[str]:
     "Put files of a run into a store that are not there, or are others there; their names."
-    have, there = dict(_kept(folder)), read_manifest(url)
     fs, path = open_store(url)
+    have, there = dict(_kept(folder)), _manifest(fs, path)
     wanted = lambda name: only is None or any(name == o or name.startswith(f'{o}/') for o in only) or Path(name).name.startswith('.') and any(str(record_of(o)) == name for o in only)
     states = {name: [f.stat().st_size, f.stat().st_mtime_ns] for name, f in have.items() if wanted(name)}
     new = [name for name, state in states.items() if there.get(name) != state]
@@ -73,24 +76,23 @@ def fetch(
     only=None,  # names of directories or files in the store (default: all)
 ) -> list[str]:
     "Fetch what a store has and a run has not; the names. `Damaged` if something is not what was put there."
-    there, folder = read_manifest(url), Path(folder)
     fs, path = open_store(url)
+    there, folder = _manifest(fs, path), Path(folder)
     names = [n for n in there if only is None or any(n == o or n.startswith(f'{o}/') for o in only)]
-    whole = {os.path.dirname(n) for n in names if os.path.basename(n) == SUMS}  # directories that appear when they are complete
-    inside = lambda n: next((d for d in whole if n.startswith(f'{d}/')), None)
-    got = []
+    whole = {os.path.dirname(n): [] for n in names if os.path.basename(n) == SUMS}  # directories that appear when they are complete, and what is in them
+    single, got = [], []
+    for n in names: next((whole[str(d)] for d in PurePosixPath(n).parents if str(d) in whole), single).append(n)
     def one(name, to):
         to.parent.mkdir(parents=True, exist_ok=True)
         fs.get_file(f'{path}/{name}', str(to))
         os.utime(to, ns=(time.time_ns(), there[name][1]))
-    for d in sorted(whole):
+    for d, mine in sorted(whole.items()):
         if (folder/d).exists(): continue
-        mine = [n for n in names if inside(n) == d]
         with complete(folder/d) as tmp:
             for n in mine: one(n, tmp/os.path.relpath(n, d))
             _whole(tmp, f'{url}/{d}')
         got += mine
-    for n in sorted((n for n in names if not inside(n)), key=lambda n: not n.endswith('.sha256')):
+    for n in sorted(single, key=lambda n: not n.endswith('.sha256')):
         if (folder/n).exists(): continue
         with complete(folder/n) as tmp: one(n, tmp)
         try: _whole(folder/n, f'{url}/{n}')
@@ -106,10 +108,10 @@ def fetch_checkpoint(
     cache=None,  # directory (default: `~/.cache/rlheals`)
 ) -> Path:
     "A checkpoint from wherever `fsspec` gets to, fetched once and kept; `ValueError` if there is none."
-    import hashlib
+    url = str(url).rstrip('/')
+    to = Path(cache or os.environ.get('RLHEALS_CACHE', '~/.cache/rlheals')).expanduser()/f"{hash64(url):016x}-{url.rpartition('/')[2]}"
+    if to.is_dir(): return to  # before anybody is asked: it is looked for each time the model is
     fs, path = open_store(url)
-    to = Path(cache or os.environ.get('RLHEALS_CACHE', '~/.cache/rlheals')).expanduser()/f"{hashlib.sha256(str(url).encode()).hexdigest()[:16]}-{path.rpartition('/')[2]}"
-    if to.is_dir(): return to
     try: files = fs.find(path)
     except FileNotFoundError: files = []
     if not any(f.endswith('.safetensors') for f in files): raise ValueError(f'there is no checkpoint at {url}: give the URL of a directory that save_pretrained wrote')
@@ -118,5 +120,5 @@ def fetch_checkpoint(
             target = tmp/os.path.relpath(f, path)
             target.parent.mkdir(parents=True, exist_ok=True)
             fs.get_file(f, str(target))
-        _whole(tmp, str(url))
+        _whole(tmp, url)
     return to
