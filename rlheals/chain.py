@@ -20,9 +20,9 @@ from .conditions import CONDITIONS, condition_run, conditions_of, made_already
 from .evaluate import evaluation_parts
 from .files import complete, digest, need_room
 from .footprint import Device, UnknownShape, check_footprint, relative
-from .guard import MARK, ChainError, cancel_jobs, check_executor, check_memory, discard, end_workers, find_damaged, hold, queue_name, terminable
-from .models import check_model, memory, pick_device, stored
-from .profiles import Run, check_engine, split_changes
+from .guard import MARK, ChainError, cancel_jobs, check_executor, check_memory, discard, drop_shards, end_workers, find_damaged, hold, queue_name, terminable
+from .models import INDEX, WEIGHTS, check_model, memory, pick_device, stored
+from .profiles import DTYPES, Run, check_engine, split_changes
 from .store import fetch, put
 from .surgery import surgery_plan
 from .tasks import TASKS
@@ -33,15 +33,15 @@ PAPER = (Path(__file__).parents[1] if '__file__' in globals() else Path('..').re
 # %% ../nbs/19_chain.ipynb #c946e3fa
 def sft_files(run: Run) -> list[Path]:
     "What the SFT stage makes: its checkpoints and the table of losses."
-    return [run.checkpoint('sft', s)/'model.safetensors' for s in run.config['sft']['checkpoints']] + [run.table('losses')]
+    return [run.weights('sft', s) for s in run.config['sft']['checkpoints']] + [run.table('losses')]
 
 def rl_files(run: Run, start: int) -> list[Path]:
     "What RL from one checkpoint makes."
-    return [run.checkpoint('rl', start)/'model.safetensors', run.table(f'rl-{start:06d}'), run.table(f'advantages-{start:06d}')]
+    return [run.weights('rl', start), run.table(f'rl-{start:06d}'), run.table(f'advantages-{start:06d}')]
 
 def grpo_files(run: Run, start: int) -> list[Path]:
     "What GRPO from one checkpoint makes."
-    return [run.checkpoint('grpo', start)/'model.safetensors', run.table(f'grpo-{start:06d}')]
+    return [run.weights('grpo', start), run.table(f'grpo-{start:06d}')]
 
 # %% ../nbs/19_chain.ipynb #4e4f1d1f
 HOME = 'general_points'  # the task whose figures are not in a directory of their own
@@ -272,7 +272,7 @@ def plan(run: Run, seeds: int = 1, targets=(), tasks=()) -> list[Job]:
         rule, number = row['rule'].split('_')  # as the Snakefile names its rules: the stage, and the number of the task
         task = '' if number == 'all' else (tasks or [run.task_name])[int(number)]
         name = {'base': 'base', 'sft': 'sft', 'spectra': 'spectra', 'drift': 'drift', 'figure': path.stem, 'reading': path.stem}.get(rule)
-        name = name or (path.parent.name if path.name == 'model.safetensors' else path.stem.replace('advantages-', 'rl-'))
+        name = name or (path.parent.name if path.name in (WEIGHTS, INDEX) else path.stem.replace('advantages-', 'rl-'))
         found.setdefault((rule, name, task, seed), []).append(path)
     order = ('base', 'sft', 'evaluate', 'rl', 'grpo', 'baselines', 'spectra', 'surgery', 'drift', 'condition', 'preserve', 'warning', 'explorer', 'figure', 'reading', 'claims')
     return sorted((Job(*what, tuple(f)) for what, f in found.items()), key=lambda j: (order.index(j.rule), j.task, j.seed, len(j.name), j.name))
@@ -384,13 +384,13 @@ def _check_start(run, seeds, jobs, tasks, here):  # before any work: is there a 
         if here: check_memory(run, count, jobs)
         if here and name != 'tiny' and pick_device(run.config['model']['device']) == 'cpu':  # where memory that runs out ends a process, not a batch
             with suppress(UnknownShape): check_footprint(run, Device(memory(), 1, 1), max(run.config[s]['processes'] for s in ('sft', 'rl')))
-        missing = [f for r in todo for f in todo[r] + [p for s in r.config['rl']['starts'] for p in rl_files(r, s)] if f.name == 'model.safetensors' and not f.exists()]
-        need_room(run.dir, len(missing) * count * 4, f'the {len(missing)} checkpoints of this run')
+        missing = [f for r in todo for f in todo[r] + [p for s in r.config['rl']['starts'] for p in rl_files(r, s)] if f.name in (WEIGHTS, INDEX) and not f.exists()]
+        need_room(run.dir, len(missing) * count * DTYPES[run.config['model']['dtype']], f'the {len(missing)} checkpoints of this run')
 
 @contextmanager
 def _keeping(run, store):  # yields what is to be called with each job that is done: it puts what it made into the store, beside the work
     if not store: yield lambda job: None; return
-    inside = lambda o: os.path.relpath(o.parent if o.name == 'model.safetensors' else o, run.dir)
+    inside = lambda o: os.path.relpath(o.parent if o.name in (WEIGHTS, INDEX) else o, run.dir)
     with ThreadPoolExecutor(1) as pool:
         try: yield lambda job: pool.submit(put, run.dir, store, [inside(o) for o in job.outputs])
         finally:
@@ -407,7 +407,9 @@ def _work(run, seeds, jobs, targets, tasks, todo, start, say, live, executor, ke
     with log.open('w') as out:
         process = subprocess.Popen(snakemake(run, seeds, jobs, targets, tasks, executor=executor), stdout=out, stderr=subprocess.STDOUT, env=os.environ | {'RLHEALS_PROGRESS': str(folder), MARK: str(base)})
         try: done = _watch(run, process, todo, cost, jobs, folder, start, say, live, keep)
-        finally: end_workers(base); cancel_jobs(base)  # none, unless this was interrupted
+        finally:
+            end_workers(base); cancel_jobs(base)  # none, unless this was interrupted
+            drop_shards(run)
     if process.returncode: raise ChainError('\n'.join(_no_writing(todo) + _ended(log.read_text()) + _failures(run, base, start)) or f'Snakemake stopped: see {log}\n{log.read_text()[-1500:]}')
     return len(done)
 
@@ -431,6 +433,7 @@ def _watch(run, process, todo, cost, jobs, folder, start, say, live, keep):
                 if j in done or not all(o.exists() and o.stat().st_mtime >= start for o in j.outputs): continue
                 done[j] = now
                 keep(j)
+                drop_shards(run)
                 if j in rows: bars.remove_task(rows.pop(j))
                 left = _left(cost, done, 0., now - start, jobs)
                 if not live: say(f'[{len(done):3}/{len(todo)}] {_label(j):32} {clock(now - start)} gone, about {clock(left)} left')

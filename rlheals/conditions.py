@@ -119,7 +119,7 @@ def condition_inputs(
     ready = [run.table(n) for n, steps in evaluation_parts(run, stage).items() if set(steps) & set(here)] + [run.table(f'{stage}-{s:06d}') for s in here]
     if CONDITIONS[name].sft: return ready
     starts = run.config['conditions']['starts']
-    return ready + [run.table(n) for n, steps in evaluation_parts(run, 'sft').items() if set(steps) & set(starts)] + [run.checkpoint('sft', s)/'model.safetensors' for s in starts]
+    return ready + [run.table(n) for n, steps in evaluation_parts(run, 'sft').items() if set(steps) & set(starts)] + [run.weights('sft', s) for s in starts]
 
 # %% ../nbs/13c_conditions.ipynb #341d918c
 def _sft_of(run, inside, sft):  # the SFT checkpoints of a condition: made where they are not the run's own, and linked to where RL looks for them
@@ -168,7 +168,7 @@ def condition_stage(
             tables += [ends[ends.checkpoint == s], _of_log(run.load(f'{stage}-{s:06d}'), stage, s)]
         else:
             share = lambda done, total: progress(k * total + done, len(starts) * total)
-            end, weights = inside.checkpoint(stage, s), inside.checkpoint('sft', s)/'model.safetensors'
+            end, weights = inside.checkpoint(stage, s), inside.weights('sft', s)
             if not end.exists() or end.stat().st_mtime < weights.stat().st_mtime: train(inside, s, share)
             set_up_torch(run.config['eval']['threads'])
             tables += [_seen(run, inside.checkpoint(stage, s), stage, s), _of_log(inside.load(f'{stage}-{s:06d}'), stage, s)]

@@ -48,7 +48,7 @@ def explored(run: Run) -> dict:  # 'sft-000640' -> its directory
 def explorer_inputs(run: Run) -> list[Path]:
     "The files that `explore_stage` reads."
     tables = [*evaluation_parts(run, 'sft'), *evaluation_parts(run, 'rl'), 'surgery-rank']
-    return [run.table(n) for n in tables] + [p/'model.safetensors' for p in explored(run).values()]
+    return [run.table(n) for n in tables] + [p/run.weights('sft', 0).name for p in explored(run).values()]
 
 def _answer_rows(run: Run, path) -> list[dict]:
     "What the model of a checkpoint answers to a few problems of the evaluation."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARK', 'ChainError', 'holder', 'workers', 'end_workers', 'queue_name', 'queued', 'cancel_jobs', 'check_executor',
-           'hold', 'terminable', 'finished', 'find_damaged', 'discard', 'least_memory', 'check_memory']
+           'hold', 'terminable', 'finished', 'find_damaged', 'discard', 'drop_shards', 'least_memory', 'check_memory']
 
 # %% ../nbs/18d_guard.ipynb #55fb01ff
 import json, os, shlex, shutil, signal, socket, subprocess, sys, threading, time
@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from .files import clear_unfinished, complete, damaged, damaged_outputs, remove, sealed_in, size
-from .models import memory, pick_device
-from .profiles import Run
+from .models import INDEX, WEIGHTS, memory, pick_device
+from .profiles import DTYPES, Run
 from .tasks import hash64
 
 # %% ../nbs/18d_guard.ipynb #03fedd18
@@ -142,7 +142,7 @@ def terminable():
 def finished(home) -> list[Path]:
     "The checkpoints and tables in a directory that have checksums; of what is only kept for a restart, none."
     paths = [p for p in sealed_in(home) if not {'partial', 'svd'} & set(p.relative_to(home).parts)]
-    return sorted(p for p in paths if p.is_file() or (p/'model.safetensors').is_file())  # one that was deleted is made again anyway
+    return sorted(p for p in paths if p.is_file() or any((p/f).is_file() for f in (WEIGHTS, INDEX)))  # one that was deleted is made again anyway
 
 def find_damaged(
     homes,  # directories of tasks and seeds
@@ -164,6 +164,13 @@ def discard(
             for f in whole.parent.glob(f'{whole.stem}.*'): f.unlink()
         remove(whole); file.unlink(missing_ok=True)
 
+# %% ../nbs/18d_guard.ipynb #7f1ae5b0
+def drop_shards(run: Run):
+    "Delete what weights are in where their index was deleted."
+    if run.config['storage']['keep'] == 'all' or not run.config['storage']['max_shard_size']: return
+    for f in run.dir.glob('*/seed*/checkpoints/[!.]*/model*.safetensors'):
+        if not f.with_name(INDEX).exists(): f.unlink()
+
 # %% ../nbs/18d_guard.ipynb #86559b91
 def least_memory(
     run: Run,
@@ -172,7 +179,7 @@ def least_memory(
     "The least memory that a training stage of a run takes: weights, gradients, Adam's moments, and RL's copy of the start, or a device's share of these (mixed precision aside)."
     c = run.config
     copies, shards = (1 if c['lora']['rank'] else 4) + c['rl']['log_kl'], 1 if c['scale']['sharding'] == 'none' else min(c['sft']['processes'], c['rl']['processes'])
-    return copies * parameters * dict(float32=4, bfloat16=2, float16=2)[c['model']['dtype']] // shards
+    return copies * parameters * DTYPES[c['model']['dtype']] // shards
 
 def check_memory(
     run: Run,

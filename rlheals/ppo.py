@@ -371,7 +371,7 @@ def keep_end(
     for name, table in tables.items() if processes().is_main_process else ():
         table.insert(0, 'stage', stage); table.insert(1, 'checkpoint', start)
         run.save(table, f'{name}-{start:06d}')
-    save_model(model, tokenizer, run.checkpoint(stage, start))
+    save_model(model, tokenizer, run.checkpoint(stage, start), run.config['storage']['max_shard_size'])
 
 def keep_speed(
     run: Run,

@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from .files import Damaged, check, complete
-from .models import ASSETS, pick_device, save_model
+from .models import ASSETS, INDEX, WEIGHTS, pick_device, save_model
 from .sharding import is_sharded, processes
 from .store import is_url
 from .tasks import hash64, load_task, task_options
@@ -139,7 +139,8 @@ TINY = dict(
         other_gpus=0, other_memory=4., other_hours=1.,  # evaluation, spectra, surgery, drift, figures
         partition=''),  # of the cluster ('': its default)
     storage=dict(
-        keep='all'),  # weights of checkpoints: `all`, or `needed`, as long as something is still to be made from them
+        keep='all',  # weights of checkpoints: `all`, or `needed`, as long as something is still to be made from them
+        max_shard_size=''),  # of the files of a checkpoint, like `5GB` ('': one file)
 )
 
 # What differs between tasks. Episodes as in the paper. SFT's examples are so few that ID accuracy ends near the paper's
@@ -192,7 +193,7 @@ PAPERS = dict(
     conditions=dict(starts=[200, 1600], threads=8),
     preserve=dict(checkpoints=[90, 140, 200, 400, 800, 1600], threads=8),
     scale=dict(sharding='fsdp2', precision='bfloat16', gradient_checkpointing=True),
-    storage=dict(keep='needed'),  # all of them are one or two terabytes
+    storage=dict(keep='needed', max_shard_size='5GB'),  # all of them are one or two terabytes
     cluster=dict(sft_gpus=4, sft_memory=256., sft_hours=12., rl_gpus=4, rl_memory=256., rl_hours=12., other_gpus=1, other_memory=128., other_hours=12.),
 )
 PROFILES['qwen2.5-7b'] = PAPERS | dict(model=PAPERS['model'] | dict(name='Qwen/Qwen2.5-7B-Instruct'))
@@ -210,7 +211,7 @@ def _settings(profile, task):  # the settings of a profile for a task
 
 # %% ../nbs/08_profiles.ipynb #2e2784dd
 ENGINES = ('transformers', 'vllm')
-DTYPES = ('float32', 'bfloat16', 'float16')
+DTYPES = dict(float32=4, bfloat16=2, float16=2)  # bytes of a number
 SCHEDULES = ('constant', 'constant_with_warmup', 'linear', 'cosine')  # of the learning rate; those of transformers that need nothing else
 SHARDINGS = ('none', 'fsdp2', 'zero3')
 EDITS = ('directions', 'both', 'orthogonal', 'values', 'interpolation', 'matched', 'random', 'parameters')  # what surgery can put back; see its chapter
@@ -270,6 +271,7 @@ def _check(c):
         need(c['cluster'][f'{s}_gpus'] >= 0, f'cluster.{s}_gpus', '0 or more')
         for k in ('memory', 'hours'): need(0 < c['cluster'][f'{s}_{k}'] < float('inf'), f'cluster.{s}_{k}', 'above 0')
     need(c['storage']['keep'] in ('all', 'needed'), 'storage.keep', 'all or needed')
+    need(re.fullmatch(r'([1-9]\d*[KMGT]B)?', c['storage']['max_shard_size']), 'storage.max_shard_size', "a size like 5GB, or '' for one file")
     need(c['lora']['rank'] >= 0, 'lora.rank', '0 (no LoRA) or more')
     need(0 < c['lora']['alpha'] < float('inf'), 'lora.alpha', 'above 0')
     need(c['grpo']['generations'] >= 2, 'grpo.generations', 'at least 2')
@@ -402,6 +404,10 @@ class Run:
     ) -> Path:
         "The directory of a checkpoint."
         return self.path('checkpoints', f'{stage}-{step:06d}')
+
+    def weights(self, stage: str, step: int) -> Path:
+        "The file of a checkpoint that says that it is there: its weights, or the index of them."
+        return self.checkpoint(stage, step)/(INDEX if self.config['storage']['max_shard_size'] else WEIGHTS)
 
     def table(self, name: str) -> Path:
         "The path of a table, like `eval-sft-00`."

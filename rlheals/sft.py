@@ -145,7 +145,7 @@ def sft_stage(
     pairs, train, tests = sft_data(run, tok)
     with tracker(run, 'sft') as track, keep_stopped(run, 'sft', model, tok):
         losses = train_sft(model, tok, train, tests, c, hash64(run.seed, 'sft') % 2**31,
-                           lambda step, m: save_model(m, tok, run.checkpoint('sft', step)), progress, track=track)
+                           lambda step, m: save_model(m, tok, run.checkpoint('sft', step), run.config['storage']['max_shard_size']), progress, track=track)
     if losses.empty: return  # another process has them
     losses.insert(1, 'problems', losses['split'].map({s: fingerprint([p for p, _ in ps]) for s, ps in pairs.items()}))
     return run.save(losses, 'losses')

@@ -8,6 +8,7 @@ from rlheals.evaluate import METRICS, evaluation_parts
 from rlheals.baselines import METHODS
 from rlheals.conditions import conditions_of
 from rlheals.figures import ACROSS, EXTRA, FIGURES
+from rlheals.models import load_model, save_model
 from rlheals.profiles import Run
 from rlheals.surgery import surgery_ends
 
@@ -128,15 +129,21 @@ def test_conditions_on_request(home, run):
 
 
 def test_weights_go_when_nothing_more_is_made_from_them(home):
-    "With storage.keep=needed: a table that needs deleted weights brings them back for as long as it takes."
-    whole, run = Run('smoke', root=home/'runs'), Run('smoke', ('storage.keep=needed',), root=home/'runs')
+    "With storage.keep=needed, and checkpoints in several files: a table that needs deleted weights brings them back for as long as it takes."
+    settings = 'storage.keep=needed', 'storage.max_shard_size=1MB'
+    whole, run = Run('smoke', root=home/'runs'), Run('smoke', settings, root=home/'runs')
     shutil.copytree(whole.dir, run.dir)
-    ask = lambda: rlheals('reproduce', '--profile', 'smoke', '--set', 'storage.keep=needed', cwd=home)
-    table, weights = run.table('eval-rl-00'), run.checkpoint('rl', 2)/'model.safetensors'
-    table.unlink(); weights.unlink()
+    for old in run.path('checkpoints').rglob('model.safetensors'):  # the same weights, from the same time, in several files
+        when = old.stat().st_mtime_ns
+        save_model(*load_model(old.parent, 'cpu'), old.parent, '1MB')
+        for f in old.parent.iterdir(): os.utime(f, ns=(when, when))
+    ask = lambda: rlheals('reproduce', '--profile', 'smoke', *(word for s in settings for word in ('--set', s)), cwd=home)
+    assert 'nothing to do' in ask().stdout
+    table, end = run.table('eval-rl-00'), run.checkpoint('rl', 2)
+    table.unlink(); run.weights('rl', 2).unlink()
     done = ask()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert table.read_bytes() == whole.table('eval-rl-00').read_bytes() and not weights.exists()
+    assert table.read_bytes() == whole.table('eval-rl-00').read_bytes() and not list(end.glob('model*')) and list(run.checkpoint('sft', 2).glob('model-*'))
     assert 'nothing to do' in ask().stdout
     shutil.rmtree(run.dir)
 

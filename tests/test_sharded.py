@@ -89,7 +89,7 @@ def runs(tmp_path_factory):
     "A smoke run in one process, and sharded over two, which compute activations twice; as far as the end of RL from its last SFT checkpoint."
     out = {}
     for n, more in ((1, ()), (2, ('scale.sharding=fsdp2', 'scale.gradient_checkpointing=true'))):
-        run = Run('smoke', (f'sft.processes={n}', f'rl.processes={n}', 'sft.threads=1', 'rl.envs=9', 'model.device=cpu', *more), 0, tmp_path_factory.mktemp(f'sharded{n}'))
+        run = Run('smoke', (f'sft.processes={n}', f'rl.processes={n}', 'sft.threads=1', 'rl.envs=9', 'model.device=cpu', 'storage.max_shard_size=1MB', *more), 0, tmp_path_factory.mktemp(f'sharded{n}'))
         out[n] = (run, sft_stage(run), rl_stage(run, 4))
     return out
 
@@ -104,9 +104,9 @@ def test_sharded_losses_are_those_of_one_process(runs):
 
 @pytest.mark.parametrize('stage', ['sft', 'rl'])
 def test_sharded_checkpoints_are_ordinary_directories(runs, stage):
-    "The same files; they open in one process, with the weights of one process."
+    "The same files, several for the weights; they open in one process, with the weights of one process."
     one, two = (run.checkpoint(stage, 4) for run, *_ in (runs[1], runs[2]))
-    assert sorted(f.name for f in one.iterdir()) == sorted(f.name for f in two.iterdir())
+    assert sorted(f.name for f in one.iterdir()) == sorted(f.name for f in two.iterdir()) and len(list(two.glob('model-*.safetensors'))) > 1
     for name in ('config.json', 'tokenizer.json'): assert (one/name).read_bytes() == (two/name).read_bytes(), name
     a, b = (load_model(p, device='cpu')[0].state_dict() for p in (one, two))
     before = load_model('tiny', device='cpu')[0].state_dict()
