@@ -10,10 +10,11 @@ __all__ = ['METHODS', 'budget', 'even', 'right_answers', 'conversations', 'more_
 from .evaluate import evaluate_run
 from .grpo import training_problems
 from .files import complete, damaged, remove
-from .models import load_model, merged, set_up_torch
-from .ppo import load_start
-from .profiles import Run, decisive
+from .models import load_model, merged, pick_device, save_model, set_up_torch
+from .ppo import content, load_start
+from .profiles import Run, decisive, launch
 from .rollout import answer_all
+from .sharding import gathered, is_sharded, processes
 from .sft import train_sft
 from .tasks import Episode, Task, examples, hash64
 from .views import as_dataset
@@ -84,11 +85,13 @@ def further_sft(model, tokenizer, task: Task, c: dict, seed: int):
 
 def rejection(model, tokenizer, task: Task, c: dict, seed: int):
     "Rejection sampling in place: sample, keep what is right, imitate it, `baselines.rounds` times; rows (round, metric, value) of what was kept."
+    from accelerate.utils import broadcast_object_list
     rl, rounds, rows = c['rl'], c['baselines']['rounds'], []
     parts = zip(*(even(n, rounds) for n in budget(rl).values()))
     for k, (steps, turns) in enumerate(parts):
         chance = hash64(seed, 'round', k) % 2**31
-        right = right_answers(model, tokenizer, task, rl['envs'], turns, c['model']['max_new_tokens'], rl['temperature'], chance)
+        with gathered(model): right = right_answers(model, tokenizer, task, rl['envs'], turns, c['model']['max_new_tokens'], rl['temperature'], chance)
+        if is_sharded(model): right = broadcast_object_list([right])[0]  # all have sampled the same, but for rounding
         if right: more_sft(model, tokenizer, conversations(right, bool(tokenizer.chat_template)), c, steps, rl['learning_rate'], chance)
         rows += [(k, 'answers', rl['envs'] * turns), (k, 'right', len(right)), (k, 'steps', steps * bool(right))]  # without a right answer the model stays as it is
     return rows
@@ -101,7 +104,7 @@ def interpolate(
     "Move the weights towards those of an earlier model, in place: share * earlier + (1 - share) * model."
     import torch
     with torch.no_grad():
-        for p, q in zip(model.parameters(), earlier.parameters()): p.lerp_(q, share)
+        for p, q in zip(model.parameters(), earlier.parameters()): p.lerp_(q.to(p.device), share)
 
 # %% ../nbs/13b_baselines.ipynb #761bb61f
 def baseline_plan(run: Run) -> list[tuple[str, int]]:
@@ -113,8 +116,8 @@ def _end(run, method, start):  # the model at the end of a baseline, made when c
     c, m, task = run.config, run.config['model'], run.task()
     seed = hash64(run.seed, method, start)
     model, tok = load_model(run.checkpoint('sft', start), m['device'], m['dtype']) if method == 'interpolation' else load_start(run, start)
-    first = load_model(run.checkpoint('sft', c['rl']['starts'][0]), m['device'], m['dtype'])[0] if method == 'interpolation' else None
-    weights = [p.detach().double().sum().item() for x in (model, first) if x for p in x.parameters()]
+    first = load_model(run.checkpoint('sft', c['rl']['starts'][0]), 'cpu', m['dtype'])[0] if method == 'interpolation' else None
+    weights = [content(x) for x in (model, first) if x]
     key = hash64(seed, weights, *decisive(c, 'task', 'model', 'lora', 'sft', 'rl', 'eval', 'baselines').values())
     def make():
         if first: interpolate(model, first, c['baselines']['share']); return model, tok, []
@@ -123,27 +126,42 @@ def _end(run, method, start):  # the model at the end of a baseline, made when c
         return merged(model), tok, kept
     return make, f'baselines-{method}-{start:06d}-{key:016x}.parquet'
 
+def _whole(run, model, tok, name):  # a sharded model as an evaluation opens it: all of it in each process
+    to, us = run.path('partial', name), processes()
+    save_model(model, tok, to)
+    out = load_model(to, run.config['model']['device'], run.config['model']['dtype'])
+    us.wait_for_everyone()
+    if us.is_main_process: remove(to)
+    return out
+
 def baselines_stage(
     run: Run,
     progress=lambda done, total: None,
 ):
     "The baselines of a run: writes the table `baselines`, in the columns of an evaluation (stage: the method; split `train`: what was kept in each round of rejection sampling)."
     import pandas as pd
+    if launch(run, 'baselines'): return run.load('baselines')
     c, tables, todo = run.config, [], baseline_plan(run)
     set_up_torch(c['baselines']['threads'])
+    us = processes(pick_device(c['model']['device']))
     for method, start in todo:
         make, name = _end(run, method, start)
         part = run.path('partial', name)  # goes when the table is there
-        if damaged(part): remove(part)
+        if us.is_main_process and damaged(part): remove(part)
+        us.wait_for_everyone()
         if not part.exists():
             model, tok, kept = make()
+            if is_sharded(model): model, tok = _whole(run, model, tok, f'baselines-{method}')
+            del make  # it holds on to the sharded model
             seen = evaluate_run(run, model, tok)
             kept = pd.DataFrame([dict(split='train', problems='', episode=k, metric=m, value=float(v)) for k, m, v in kept])
             seen = pd.concat([seen, kept], ignore_index=True) if len(kept) else seen
             seen.insert(0, 'stage', method); seen.insert(1, 'checkpoint', start)
-            with complete(part, sealed=True) as tmp: seen.to_parquet(tmp, index=False)
-        tables.append(pd.read_parquet(part))
+            if us.is_main_process:
+                with complete(part, sealed=True) as tmp: seen.to_parquet(tmp, index=False)
+        if us.is_main_process: tables.append(pd.read_parquet(part))
         progress(len(tables), len(todo))
+    if not us.is_main_process: return  # the others have seen the same
     table = run.save(pd.concat(tables, ignore_index=True), 'baselines')
     for old in run.path('partial').glob('baselines-*.parquet'): remove(old)
     return table

@@ -13,13 +13,14 @@ import json, math, os, re, shlex, shutil, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import quote
 from .baselines import baseline_plan, budget
 from .conditions import CONDITIONS, condition_run, conditions_of, made_already
 from .evaluate import evaluation_parts
 from .files import complete, digest, need_room
-from .footprint import Device, UnknownShape, check_footprint, relative
+from .footprint import STAGES, Device, UnknownShape, check_footprint, seconds_of, this_device
 from .guard import MARK, ChainError, cancel_jobs, check_executor, check_memory, discard, drop_shards, end_workers, find_damaged, hold, queue_name, terminable
 from .models import INDEX, WEIGHTS, check_model, memory, pick_device, stored
 from .profiles import DTYPES, Run, check_engine, split_changes
@@ -281,9 +282,19 @@ def plan(run: Run, seeds: int = 1, targets=(), tasks=()) -> list[Job]:
 def seconds(job: Job, run: Run) -> float:
     "A rough time for a job, in seconds."
     here = replace(run, task_name=job.task) if job.task else run
-    return STARTS.get(job.rule, 6) + _seconds(job, here) * (relative(here) if run.config['model']['name'] != 'tiny' else 1)
+    return STARTS.get(job.rule, 6) + _seconds(job, here) * (1 if run.config['model']['name'] in ('tiny', 'anew') else _slower(job.rule, here))
 
 STARTS = dict(base=15, sft=15, preserve=20, rl=9, grpo=12, evaluate=9, baselines=10, condition=8, surgery=10, spectra=8, drift=8, warning=10, explorer=15)  # rule -> seconds before the work, and to write what came of it
+
+@lru_cache(maxsize=64)
+def _slower(rule, run):  # how many times as long a stage takes as with a model like `tiny`
+    (device, gpus), job = this_device(), lambda name: _seconds(Job(rule, name, '', 0, ()), run)
+    like = dict(rl=lambda: job('') * len(run.config['rl']['starts']), grpo=lambda: job('') * len(run.config['grpo']['starts']),
+                evaluate=lambda: job('') * sum(map(len, (evaluation_parts(run, s) for s in ('sft', 'rl', 'grpo')))), surgery=lambda: sum(job(f'surgery-{s}') for s in ('rank', 'layers', 'impose')))
+    try:
+        if rule not in STAGES: return _slower('sft', run)
+        return seconds_of(run, rule, device, max(run.config['sft' if rule == 'sft' else 'rl']['processes'], 1) if rule in ('sft', 'rl') else 1, gpus > 0) / like.get(rule, lambda: job(rule))()
+    except (OSError, ValueError): return 1.  # a model that is not here yet
 
 def _seconds(job, here):  # the work itself, with a model like `tiny`
     c = here.config
@@ -311,9 +322,11 @@ def _seconds(job, here):  # the work itself, with a model like `tiny`
     return dict(spectra=4, drift=4, warning=10, explorer=45).get(job.rule, 0)
 
 def makespan(jobs: list[Job], run: Run, cores: int) -> float:
-    "A rough time for several jobs on some cores: pretraining and SFT are alone, the others run side by side."
+    "A rough time for several jobs on some cores: pretraining and SFT are alone, the others run side by side, as far as their threads leave cores for others."
     first = sum(seconds(j, run) for j in jobs if j.rule in ('base', 'sft'))
-    return first + sum(seconds(j, run) for j in jobs if j.rule not in ('base', 'sft')) / cores
+    sections = dict(evaluate='eval', condition='conditions')
+    threads = lambda j: run.config.get(sections.get(j.rule, j.rule), {}).get('threads', 1)
+    return first + sum(seconds(j, run) * min(threads(j), cores) for j in jobs if j.rule not in ('base', 'sft')) / cores
 
 # %% ../nbs/19_chain.ipynb #bbbffcb7
 def clock(s: float) -> str:

@@ -10,6 +10,7 @@ __all__ = ['app', 'reproduce', 'plan', 'compare', 'claims', 'explore', 'status',
 import os, subprocess, sys
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -98,8 +99,8 @@ def plan(
 def _plan_tables(run, device, n, on_gpu, console):
     from rich.table import Table
     from rlheals.files import size
-    from rlheals.footprint import STAGES, disk_of, footprint, seconds_of
-    peaks = {s: footprint(run, s, n, on_gpu, device.memory) for s in ('sft', 'rl', 'evaluate')}
+    from rlheals.footprint import MEASURED, STAGES, disk_of, footprint, seconds_of
+    peaks = {s: footprint(run, s, n, on_gpu, device.memory) for s in MEASURED}
     parts = list(dict.fromkeys(k for f in peaks.values() for k in f.parts))
     console.print(f'{run.profile}: GiB of memory' + f' on each of {n} GPUs' * (on_gpu and n > 1))
     table = Table('', *peaks)
@@ -111,7 +112,7 @@ def _plan_tables(run, device, n, on_gpu, console):
     console.print('\nTime and disk, for one task and seed')
     table, total = Table('stage', 'about', 'disk'), 0.
     for s in STAGES:
-        took, disk = seconds_of(run, s, device, n if s in ('sft', 'rl') else 1, on_gpu), disk_of(run, s)
+        took, disk = seconds_of(run, s, device, n if s in ('sft', 'rl') or s in ('grpo', 'baselines') and run.config['scale']['sharding'] != 'none' else 1, on_gpu), disk_of(run, s)
         total += took
         table.add_row(s, _about(took), size(disk) if disk else '')
     table.add_row('in all', _about(total), size(sum(disk_of(run, s) for s in STAGES)))
@@ -304,7 +305,7 @@ def pretrain(
 
 @app.command(hidden=True)
 def stage(
-    name: Annotated[str, typer.Argument(help='sft or rl')],
+    name: Annotated[str, typer.Argument(help='sft, rl, grpo or baselines')],
     start: Annotated[int, typer.Option(help='The SFT checkpoint that RL starts from.')] = 0,
     profile: Annotated[str, typer.Option()] = 'tiny',
     set: Annotated[list[str], typer.Option('--set')] = [],
@@ -317,13 +318,10 @@ def stage(
     from rlheals.profiles import Run
     run = Run(profile, tuple(set), seed, runs, task)
     main = os.environ.get('RANK', '0') == '0'  # the others show nothing
-    with progress(f'rl-{start:06d}' if name == 'rl' else 'sft', run) if main else nullcontext(lambda done, total: None) as show:
-        if name == 'rl':
-            from rlheals.ppo import rl_stage
-            rl_stage(run, start, show)
-        else:
-            from rlheals.sft import sft_stage
-            sft_stage(run, show)
+    if name not in (stages := dict(sft='sft', rl='ppo', grpo='grpo', baselines='baselines')): _fail(f"there is no stage {name!r}: use one of {', '.join(stages)}")
+    job, at = (f'{name}-{start:06d}', (start,)) if name in ('rl', 'grpo') else (name, ())
+    with progress(job, run) if main else nullcontext(lambda done, total: None) as show:
+        getattr(import_module(f'rlheals.{stages[name]}'), f'{name}_stage')(run, *at, show)
 
 @app.command()
 def test():

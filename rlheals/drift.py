@@ -138,6 +138,7 @@ def drift_stage(run: Run):
             problems = problem_set(task, split, c['drift']['prompts'], run.seed)  # of an episode of several steps, the first
             answers = [tok.encode(task.expert(p, rng), add_special_tokens=False) for p in problems]
             seen[split, label] = look(model, [encode(tok, [task.prompt(p)]) for p in problems], answers, c['drift']['top_k'])
+        del model  # before the next comes
     for split in ('id', 'ood'):
         for name, table in drift_tables({k: seen[split, k] for k in at}, pairs, c['drift']['permutations'], run.seed).items():
             table.insert(0, 'split', split)

@@ -118,6 +118,7 @@ def warning_stage(
             seen = look(model, contexts, answers)
             found = dict(kl=divergence(base, next_tokens(model, texts)), entropy=seen.entropy.mean().item(), margin=seen.margin.mean().item())
             parts.append(pd.DataFrame([dict(checkpoint=step, metric=k, value=v) for k, v in found.items()]))
+        del model  # before the next comes
         progress(len(steps) + i + 1, total)
     table = pd.concat([p[['checkpoint', 'metric', 'value']] for p in parts], ignore_index=True)
     return run.save(table[table.checkpoint > 0].reset_index(drop=True), 'warning')

@@ -78,4 +78,5 @@ def evaluate_stage(
         tables.append(evaluate_run(run, model, tok))
         tables[-1].insert(0, 'stage', stage); tables[-1].insert(1, 'checkpoint', step)
         progress(len(tables), len(steps))
+        del model  # before the next comes
     return run.save(pd.concat(tables, ignore_index=True), name)

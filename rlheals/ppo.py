@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOGGED', 'gae', 'value_head', 'score', 'ppo_loss', 'collect', 'constant_value', 'add_advantages', 'describe',
-           'train_ppo', 'load_start', 'keep_end', 'keep_speed', 'rl_stage']
+           'content', 'train_ppo', 'load_start', 'keep_end', 'keep_speed', 'rl_stage']
 
 # %% ../nbs/11_ppo.ipynb #1de95934
 import copy, math, time
@@ -238,7 +238,8 @@ def _kept(state_file):  # the state of a run that was broken off; one that is da
     print(f'{state_file} is damaged: training begins anew')
     return {}
 
-def _content(model):  # numbers that tell a model from others
+def content(model) -> list:
+    "Numbers that tell a model from others: the sums of its weights."
     from accelerate.utils import gather_object
     sums = [p.detach().double().sum().item() for p in (map(own, model.parameters()))]
     return gather_object([sums]) if is_sharded(model) else sums
@@ -287,7 +288,7 @@ def train_ppo(
     "PPO in place: (log: one row per update and metric, advantages: one row per action)."
     import pandas as pd, torch
     c = settings | dict(max_new_tokens=max_new_tokens)
-    key = hash64(sorted(c.items()), seed, task.name, _content(model))  # a state is of this run or of none
+    key = hash64(sorted(c.items()), seed, task.name, content(model))  # a state is of this run or of none
     torch.manual_seed(seed)
     head = value_head(model.config.hidden_size).to(model.device)
     opt = torch.optim.Adam([dict(params=[p for p in model.parameters() if p.requires_grad]), dict(params=head.parameters(), lr=c['value_learning_rate'])],

@@ -266,6 +266,8 @@ def _check(c):
     need(c['scale']['sharding'] in SHARDINGS, 'scale.sharding', f"one of {', '.join(SHARDINGS)}")
     need(c['scale']['sharding'] == 'none' or max(c[s]['processes'] for s in ('sft', 'rl')) > 1, 'scale.sharding', 'none, unless sft.processes or rl.processes is above 1')
     need(c['scale']['sharding'] == 'none' or not c['lora']['rank'], 'scale.sharding', f"none with lora.rank={c['lora']['rank']}: adapters are small, and each process can hold the model")
+    for s in ('rl', 'grpo') if c['scale']['sharding'] != 'none' else ():  # RL's minibatches are the baselines' batches
+        need(c[s]['minibatch'] % c['rl']['processes'] == 0, f'{s}.minibatch', f"a multiple of rl.processes={c['rl']['processes']}, where the model is sharded")
     need(c['scale']['precision'] in ('float32', 'bfloat16'), 'scale.precision', 'float32 or bfloat16')
     for s in ('sft', 'rl', 'other'):
         need(c['cluster'][f'{s}_gpus'] >= 0, f'cluster.{s}_gpus', '0 or more')
@@ -438,12 +440,12 @@ class Run:
 # %% ../nbs/08_profiles.ipynb #3d26beab
 def launch(
     run: Run,
-    stage: str,  # `sft` or `rl`
+    stage: str,  # `sft`, `rl`, `grpo` or `baselines`
     *arguments,  # of `rlheals stage`, like `--start 640`
 ) -> bool:
-    "Run a stage in several processes, if the settings ask for it and this is not one of them: was it done?"
-    n = run.config[stage]['processes']
-    if n == 1 or 'WORLD_SIZE' in os.environ: return False
+    "Run a stage in several processes, if the settings ask for it and this is not one of them: was it done? (Other training than SFT and PPO only where the model is sharded, in as many as PPO.)"
+    n = run.config['sft' if stage == 'sft' else 'rl']['processes']
+    if n == 1 or 'WORLD_SIZE' in os.environ or stage not in ('sft', 'rl') and run.config['scale']['sharding'] == 'none': return False
     if pick_device(run.config['model']['device']) == 'cuda':
         import torch
         if n > torch.cuda.device_count(): raise ValueError(f'{stage}.processes={n}, but this machine has {torch.cuda.device_count()} GPUs: use at most as many, or model.device=cpu')

@@ -219,7 +219,7 @@ class Surgery:
         "The edited tensors, of the target's type and device, for `model.load_state_dict(..., strict=False)`."
         def changed(name):
             donor, target = self.svds(name)
-            return edit_matrix(donor, target, edit, rank_of_share(share, len(target[1])), hash64(seed, name), where)
+            return edit_matrix(donor, target, edit, rank_of_share(share, len(target[1])), hash64(seed, name), where).cpu()  # all of them may be more than a GPU holds
         return self.stored({n: changed(n) for n in self.names(layers, kinds)})
 
     def sweep(self,
@@ -306,7 +306,7 @@ def surgery_stage(
     c, m = run.config, run.config['model']
     set_up_torch(c['surgery']['threads'])
     paths = surgery_ends(run, sweep)
-    donor, target = ({n: W.clone() for n, W in load_model(p, m['device'], m['dtype'])[0].state_dict().items()} for p in paths)
+    donor, target = (load_model(p, 'cpu', m['dtype'])[0].state_dict() for p in paths)
     model, tok = load_model(paths[1], m['device'], m['dtype'])
     surgery, out, seen = Surgery(*paths, device=m['device'], cache=run.path('svd')), [], {}
     plan = surgery_plan(sweep, c['surgery'], model.config.num_hidden_layers)

@@ -24,7 +24,9 @@ import rlheals.ppo
 from rlheals.general_points import GeneralPoints
 from rlheals.models import encode, generate, load_model, set_up_torch
 from rlheals.ppo import score, train_ppo
-from rlheals.profiles import Run, keep_stopped
+from rlheals.grpo import train_grpo
+from rlheals.profiles import Run, keep_stopped, load_profile
+from rlheals.tasks import Problem, Task, Verdict
 from rlheals.sharding import gathered, is_sharded, own, processes
 home, settings, answers = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
 set_up_torch(1)
@@ -72,6 +74,24 @@ total.sum().backward()
 with gathered(model): said['written'] = generate(model, tok, contexts[:1], 8 + us.process_index)  # not as many passes in each
 said['half'] = [total.tolist(), sorted({str(t.dtype) for p in model.parameters() for t in (p, p.grad)})]
 with gathered(model): said['gathered'] = [str(model.lm_head.weight.dtype), list(model.lm_head.weight.shape)]
+
+# GRPO, each process with all weights or with half of them, which computes activations twice
+class Toy(Task):
+    name, tries = 'toy', 1
+    def sample(self, rng, split): return Problem(self.name, split, (), {})
+    def prompt(self, problem): return 'solve 5 11 3 1 :'
+    def verify(self, problem, text):
+        n = sum(map(ord, text)) % 5  # anything that differs between answers
+        return Verdict(float(n), n > 1, 'too little', '' if n > 1 else 'format', dict(sum=float(n)))
+ends = []
+for sharding in ('none', 'fsdp2'):
+    model, _ = load_model('tiny', 'cpu', scale=dict(sharding=sharding, precision='float32', gradient_checkpointing=sharding != 'none'))
+    set_up_torch(1, seed=3)
+    log = train_grpo(model, tok, Toy(), load_profile('smoke')['grpo'] | dict(updates=2, epochs=2, generations=4, minibatch=8), 24, seed=5, micro_batch=2)
+    with gathered(model): ends.append((log, [p.detach().clone() for p in model.parameters()]))
+base = [*load_model('tiny', 'cpu')[0].parameters()]
+said['grpo'] = [max((a - b).norm().item() / (a - c).norm().item() for a, b, c in zip(ends[0][1], ends[1][1], base)),
+                (ends[0][0].value - ends[1][0].value).abs().max(), ends[0][0].query('metric == "gradient_norm"').value.min()]
 (home/f'said-{us.process_index}.json').write_text(json.dumps(said))
 '''
 
@@ -124,6 +144,30 @@ def test_sharded_runs_have_the_spectra_of_one_process(runs):
     (values, angles), (values2, angles2) = tables
     np.testing.assert_allclose(values2['value'], values['value'], rtol=1e-4)
     assert (abs(angles2['value'] - angles['value']) <= 1e-2 * angles['value'].max()).all()
+
+
+def test_grpo_does_not_mind(two):
+    for said in two[1]:
+        weights, log, gradient = said['grpo']
+        assert weights < 1e-3 and log < 1e-3 and gradient > 0, said['grpo']
+
+
+def test_sharded_baselines_are_those_of_one_process(runs):
+    "The same answers are sampled, and nearly all of the evaluation's come out the same: an argmax can fall otherwise by rounding."
+    from rlheals.baselines import baselines_stage
+    one, two = (baselines_stage(run) for run, *_ in runs.values())
+    columns = ['stage', 'checkpoint', 'split', 'problems', 'episode', 'metric']
+    assert one[columns].equals(two[columns]) and (abs(one['value'] - two['value']) < 1e-6).mean() > .95
+    kept = one[one.split == 'train']
+    assert kept[kept.metric == 'answers'].value.min() > 0 and kept.value.equals(two[two.split == 'train'].value)
+
+
+def test_grpo_as_a_stage_of_a_sharded_run(runs):
+    from rlheals.grpo import grpo_stage
+    one, two = (grpo_stage(run, 4) for run, *_ in runs.values())  # each process has chances of its own, so they differ
+    run = runs[2][0]
+    assert set(zip(one['update'], one['metric'])) & {(0, 'reward'), (0, 'gradient_norm')} == {(0, 'reward'), (0, 'gradient_norm')} <= set(zip(two['update'], two['metric'])) and two['value'].notna().all()
+    assert run.weights('grpo', 4).exists() and load_model(run.checkpoint('grpo', 4), 'cpu')
 
 
 def test_sharded_runs_leave_one_set_of_files(runs):
