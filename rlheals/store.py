@@ -44,9 +44,10 @@ def _manifest(fs, path):
     except ValueError as e: raise ValueError(f'{path}/{MANIFEST} is not a manifest [{e}]: use the URL of a store, or of a place where there is nothing yet') from e
 
 def _kept(folder):  # the files of a run that are worth keeping: not what is half-written, or only means something to processes of this machine
+    hollow = {r.parent for r in Path(folder).rglob(SUMS) if not all((r.parent/line[66:]).is_file() for line in r.read_text().splitlines())}  # checkpoints whose weights were deleted
     for f in sorted(Path(folder).rglob('*')):
         name = f.relative_to(folder)
-        if f.is_symlink() or not f.is_file(): continue
+        if f.is_symlink() or not f.is_file() or not hollow.isdisjoint(f.parents): continue
         if name.parts[:2] != ('.snakemake', 'metadata'):  # by which Snakemake knows that what is newer may be the same
             if {'partial', 'svd', 'conditions'} & set(name.parts) or any(p.startswith('.') for p in name.parts[:-1]) or f.name.startswith('.') and f.suffix != '.sha256': continue
         yield str(name), f
