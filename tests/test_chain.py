@@ -8,7 +8,6 @@ from rlheals.evaluate import METRICS, evaluation_parts
 from rlheals.baselines import METHODS
 from rlheals.conditions import conditions_of
 from rlheals.figures import ACROSS, EXTRA, FIGURES
-from rlheals.models import load_model, save_model
 from rlheals.profiles import Run
 from rlheals.surgery import surgery_ends
 
@@ -132,18 +131,15 @@ def test_weights_go_when_nothing_more_is_made_from_them(home):
     "With storage.keep=needed, and checkpoints in several files: a table that needs deleted weights brings them back for as long as it takes."
     settings = 'storage.keep=needed', 'storage.max_shard_size=1MB'
     whole, run = Run('smoke', root=home/'runs'), Run('smoke', settings, root=home/'runs')
-    shutil.copytree(whole.dir, run.dir)
-    for old in run.path('checkpoints').rglob('model.safetensors'):  # the same weights, from the same time, in several files
-        when = old.stat().st_mtime_ns
-        save_model(*load_model(old.parent, 'cpu'), old.parent, '1MB')
-        for f in old.parent.iterdir(): os.utime(f, ns=(when, when))
-    ask = lambda: rlheals('reproduce', '--profile', 'smoke', *(word for s in settings for word in ('--set', s)), cwd=home)
-    assert 'nothing to do' in ask().stdout
-    table, end = run.table('eval-rl-00'), run.checkpoint('rl', 2)
-    table.unlink(); run.weights('rl', 2).unlink()
-    done = ask()
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert table.read_bytes() == whole.table('eval-rl-00').read_bytes() and not list(end.glob('model*')) and list(run.checkpoint('sft', 2).glob('model-*'))
+    ask = lambda: rlheals('reproduce', '--profile', 'smoke', '--figure', 'F2', '--figure', 'F6', *(word for s in settings for word in ('--set', s)), cwd=home)
+    tables = [run.table(n) for n in (*evaluation_parts(run, 'sft'), *(f'advantages-{s:06d}' for s in run.config['rl']['starts']))]
+    for again in (False, True):
+        done = ask()
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert [t.read_bytes() for t in tables] == [whole.table(t.stem).read_bytes() for t in tables]
+        assert run.checkpoint('sft', 2).is_dir() and not list(run.path('checkpoints').rglob('*.safetensors'))
+        if again: break
+        tables[-1].unlink(); (run.dir/'figures'/'F6.png').unlink()  # of the checkpoints that SFT makes again, RL needs one
     assert 'nothing to do' in ask().stdout
     shutil.rmtree(run.dir)
 

@@ -99,6 +99,19 @@ def test_committed_figures_come_from_the_default_run(figure):
     assert all((ROOT/'figures'/f'{figure}.{e}').stat().st_size for e in ('png', 'svg', 'csv'))
 
 
+def test_the_shortened_run_is_that_of_the_readme():
+    from rlheals.files import damaged_outputs
+    said = re.search(r'^rlheals reproduce --profile smollm2 (--set (?:.*\\\n)*.*)$', (ROOT/'README.md').read_text(), re.M)[1]
+    changes, records = re.findall(r'--set (\S+)', said), sorted((ROOT/'figures'/'smollm2-short').glob('*.json'))
+    now = load_profile('smollm2', changes)
+    assert len(records) == 15
+    for path in records:
+        record = json.loads(path.read_text())
+        assert record['profile'] == 'smollm2' and record['changes'] == changes, path
+        for section in ('model', 'task', 'sft', 'rl', 'grpo', 'baselines', 'eval', 'spectra', 'surgery', 'drift'): assert record['settings'][section] == now[section], (path, section)
+        assert not damaged_outputs(path)
+
+
 @pytest.mark.parametrize('task', 'general_points navigation rank determinant'.split())
 def test_the_explorer_opens_in_a_fresh_clone(task):
     from rlheals.explorer import PARTS, named, open_tables
