@@ -153,7 +153,7 @@ def footprint(
     out = {k: float(v) for k, v in out.items()}
     if room and gpu and 'cache' in out and (stage != 'rl' or c['rl']['engine'] != 'vllm'):  # it takes fewer at a time where memory runs out
         out['cache'] = max(min(out['cache'], room - gathered[1] - sum(v for k, v in out.items() if k not in ('activations', 'cache'))), sampling(1))
-    if not gpu: out |= dict(libraries=LIBRARIES, **(dict(saving=s.parameters * b) if stage != 'evaluate' else {}))  # safetensors copies all of it to write it
+    if not gpu: out |= dict(libraries=LIBRARIES, **{'saving' if stage != 'evaluate' else 'reading': s.parameters * b})  # safetensors copies all of it to write it, and reading maps the file
     train, sample = (out.get(k, 0) + g for k, g in zip(('activations', 'cache'), gathered))
     if any(gathered): out['gathered'] = max(gathered) if not gpu else gathered[train < sample]
     return Footprint(out, sum(v for k, v in out.items() if k not in ('activations', 'cache', 'gathered')) + (max(train, sample) if gpu else sum(out.get(k, 0) for k in ('activations', 'cache', 'gathered'))))
