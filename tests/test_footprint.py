@@ -5,7 +5,7 @@ import pytest
 from rlheals.footprint import footprint
 from rlheals.profiles import Run
 
-TINY = ('sft.max_steps=6', 'rl.starts=6', 'rl.updates=2')
+TINY = ('sft.max_steps=6', 'rl.starts=6', 'rl.updates=8')  # PPO takes more the longer it goes on
 SMOLLM2 = ('sft.max_steps=2', 'sft.batch_size=8', 'sft.test_examples=8', 'rl.starts=2', 'rl.updates=2', 'rl.envs=8', 'rl.turns=2', 'rl.minibatch=8', 'rl.micro_batch=4', 'model.max_new_tokens=64', 'task.tries=2')
 
 
