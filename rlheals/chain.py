@@ -22,7 +22,7 @@ from .evaluate import evaluation_parts
 from .files import complete, digest, need_room
 from .footprint import STAGES, Device, UnknownShape, check_footprint, seconds_of, this_device
 from .guard import MARK, ChainError, cancel_jobs, check_executor, check_memory, discard, drop_shards, end_workers, find_damaged, hold, queue_name, terminable
-from .models import INDEX, WEIGHTS, check_model, memory, pick_device, stored
+from .models import check_model, is_weights, memory, pick_device, stored
 from .profiles import DTYPES, Run, check_engine, split_changes
 from .store import fetch, put
 from .surgery import surgery_plan
@@ -273,7 +273,7 @@ def plan(run: Run, seeds: int = 1, targets=(), tasks=()) -> list[Job]:
         rule, number = row['rule'].split('_')  # as the Snakefile names its rules: the stage, and the number of the task
         task = '' if number == 'all' else (tasks or [run.task_name])[int(number)]
         name = {'base': 'base', 'sft': 'sft', 'spectra': 'spectra', 'drift': 'drift', 'figure': path.stem, 'reading': path.stem}.get(rule)
-        name = name or (path.parent.name if path.name in (WEIGHTS, INDEX) else path.stem.replace('advantages-', 'rl-'))
+        name = name or (path.parent.name if is_weights(path) else path.stem.replace('advantages-', 'rl-'))
         found.setdefault((rule, name, task, seed), []).append(path)
     order = ('base', 'sft', 'evaluate', 'rl', 'grpo', 'baselines', 'spectra', 'surgery', 'drift', 'condition', 'preserve', 'warning', 'explorer', 'figure', 'reading', 'claims')
     return sorted((Job(*what, tuple(f)) for what, f in found.items()), key=lambda j: (order.index(j.rule), j.task, j.seed, len(j.name), j.name))
@@ -293,7 +293,7 @@ def _slower(rule, run):  # how many times as long a stage takes as with a model 
                 evaluate=lambda: job('') * sum(map(len, (evaluation_parts(run, s) for s in ('sft', 'rl', 'grpo')))), surgery=lambda: sum(job(f'surgery-{s}') for s in ('rank', 'layers', 'impose')))
     try:
         if rule not in STAGES: return _slower('sft', run)
-        return seconds_of(run, rule, device, max(run.config['sft' if rule == 'sft' else 'rl']['processes'], 1) if rule in ('sft', 'rl') else 1, gpus > 0) / like.get(rule, lambda: job(rule))()
+        return seconds_of(run, rule, device, run.processes(rule), gpus > 0) / like.get(rule, lambda: job(rule))()
     except (OSError, ValueError): return 1.  # a model that is not here yet
 
 def _seconds(job, here):  # the work itself, with a model like `tiny`
@@ -397,13 +397,13 @@ def _check_start(run, seeds, jobs, tasks, here):  # before any work: is there a 
         if here: check_memory(run, count, jobs)
         if here and name != 'tiny' and pick_device(run.config['model']['device']) == 'cpu':  # where memory that runs out ends a process, not a batch
             with suppress(UnknownShape): check_footprint(run, Device(memory(), 1, 1), max(run.config[s]['processes'] for s in ('sft', 'rl')))
-        missing = [f for r in todo for f in todo[r] + [p for s in r.config['rl']['starts'] for p in rl_files(r, s)] if f.name in (WEIGHTS, INDEX) and not f.exists()]
+        missing = [f for r in todo for f in todo[r] + [p for s in r.config['rl']['starts'] for p in rl_files(r, s)] if is_weights(f) and not f.exists()]
         need_room(run.dir, len(missing) * count * DTYPES[run.config['model']['dtype']], f'the {len(missing)} checkpoints of this run')
 
 @contextmanager
 def _keeping(run, store):  # yields what is to be called with each job that is done: it puts what it made into the store, beside the work
     if not store: yield lambda job: None; return
-    inside = lambda o: os.path.relpath(o.parent if o.name in (WEIGHTS, INDEX) else o, run.dir)
+    inside = lambda o: os.path.relpath(o.parent if is_weights(o) else o, run.dir)
     with ThreadPoolExecutor(1) as pool:
         try: yield lambda job: pool.submit(put, run.dir, store, [inside(o) for o in job.outputs])
         finally:

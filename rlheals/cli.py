@@ -112,7 +112,7 @@ def _plan_tables(run, device, n, on_gpu, console):
     console.print('\nTime and disk, for one task and seed')
     table, total = Table('stage', 'about', 'disk'), 0.
     for s in STAGES:
-        took, disk = seconds_of(run, s, device, n if s in ('sft', 'rl') or s in ('grpo', 'baselines') and run.config['scale']['sharding'] != 'none' else 1, on_gpu), disk_of(run, s)
+        took, disk = seconds_of(run, s, device, run.processes(s), on_gpu), disk_of(run, s)
         total += took
         table.add_row(s, _about(took), size(disk) if disk else '')
     table.add_row('in all', _about(total), size(sum(disk_of(run, s) for s in STAGES)))

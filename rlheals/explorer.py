@@ -40,15 +40,17 @@ def retell(
     return out
 
 # %% ../nbs/17f_explorer.ipynb #05bc6d25
+def _weights(run):
+    return [run.weights('sft', s) for s in run.config['sft']['checkpoints']] + [run.weights('rl', s) for s in run.config['rl']['starts']]
+
 def explored(run: Run) -> dict:  # 'sft-000640' -> its directory
     "The checkpoints that the explorer goes through: all of SFT, and all ends of RL."
-    c = run.config
-    return {p.name: p for p in [run.checkpoint('sft', s) for s in c['sft']['checkpoints']] + [run.checkpoint('rl', s) for s in c['rl']['starts']]}
+    return {w.parent.name: w.parent for w in _weights(run)}
 
 def explorer_inputs(run: Run) -> list[Path]:
     "The files that `explore_stage` reads."
     tables = [*evaluation_parts(run, 'sft'), *evaluation_parts(run, 'rl'), 'surgery-rank']
-    return [run.table(n) for n in tables] + [p/run.weights('sft', 0).name for p in explored(run).values()]
+    return [run.table(n) for n in tables] + _weights(run)
 
 def _answer_rows(run: Run, path) -> list[dict]:
     "What the model of a checkpoint answers to a few problems of the evaluation."

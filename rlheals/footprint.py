@@ -145,6 +145,7 @@ def footprint(
             out['activations'] = _activations(s, rows, L, L, c, width, gpu) + LOGITS * rows * new * s.vocab * 4
             out['cache'] = sampling(c['grpo']['responses'] // devices)
         else:
+            if not gpu: out['shapes'] = SHAPES * math.log(1 + r['updates'] * -(-r['envs'] * r['turns'] // r['micro_batch']) / devices / 16)
             if r['log_kl']: out['start'] = s.parameters * b / shards
             rows, L = min(r['micro_batch'], -(-r['minibatch'] // devices)), context + new
             shared = 0 if c['scale']['gradient_checkpointing'] else n.shared  # see `score`
@@ -155,10 +156,9 @@ def footprint(
     if room and gpu and 'cache' in out and (stage != 'rl' or c['rl']['engine'] != 'vllm'):  # it takes fewer at a time where memory runs out
         out['cache'] = max(min(out['cache'], room - gathered[1] - sum(v for k, v in out.items() if k not in ('activations', 'cache'))), sampling(1))
     if not gpu: out |= dict(libraries=LIBRARIES, **{'saving' if stage != 'evaluate' else 'reading': s.parameters * b})  # safetensors copies all of it to write it, and reading maps the file
-    if stage == 'rl' and not gpu: out['shapes'] = SHAPES * math.log(1 + c['rl']['updates'] * -(-c['rl']['envs'] * c['rl']['turns'] // c['rl']['micro_batch']) / devices / 16)
     train, sample = (out.get(k, 0) + g for k, g in zip(('activations', 'cache'), gathered))
     if any(gathered): out['gathered'] = max(gathered) if not gpu else gathered[train < sample]
-    return Footprint(out, sum(v for k, v in out.items() if k not in ('activations', 'cache', 'gathered')) + (max(train, sample) if gpu else sum(out.get(k, 0) for k in ('activations', 'cache', 'gathered'))))
+    return Footprint(out, sum(v for k, v in out.items() if k not in ('activations', 'cache', 'gathered')) + max(train, sample) if gpu else sum(out.values()))
 
 def _lora(s, rank):  # trained parameters of adapters on all linear layers
     q, k = s.heads * s.head_dim, s.kv_heads * s.head_dim
@@ -211,9 +211,9 @@ def seconds_of(
     if stage == 'sft': return sft + losses
     if stage == 'rl': return rl * len(r['starts'])
     if stage == 'grpo':
-        g, several = c['grpo'], c['scale']['sharding'] != 'none'
+        g = c['grpo']
         said = g['updates'] * g['responses']
-        return len(g['starts']) * (g['updates'] * (answers(g['responses'], devices if several else 1) + g['responses'] * n.shared * 2 * P / rate) + train(said * g['epochs'], n.prompt + new) + said * (n.prompt + new) * 2 * P / rate)
+        return len(g['starts']) * (g['updates'] * (answers(g['responses'], devices) + g['responses'] * n.shared * 2 * P / rate) + train(said * g['epochs'], n.prompt + new) + said * (n.prompt + new) * 2 * P / rate)
     if stage == 'evaluate': return evaluation * (len(c['sft']['checkpoints']) + len(r['starts']) + len(c['grpo']['starts']))
     if stage == 'surgery': return sum(len(surgery_plan(w, c['surgery'], s.layers)) for w in ('rank', 'layers', 'impose')) * evaluation + 4 * svd
     if stage == 'spectra': return 4 * svd

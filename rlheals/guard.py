@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from .files import clear_unfinished, complete, damaged, damaged_outputs, remove, sealed_in, size
-from .models import INDEX, WEIGHTS, memory, pick_device
+from .models import INDEX, is_weights, memory, pick_device
 from .profiles import DTYPES, Run
 from .tasks import hash64
 
@@ -142,7 +142,7 @@ def terminable():
 def finished(home) -> list[Path]:
     "The checkpoints and tables in a directory that have checksums; of what is only kept for a restart, none."
     paths = [p for p in sealed_in(home) if not {'partial', 'svd'} & set(p.relative_to(home).parts)]
-    return sorted(p for p in paths if p.is_file() or any((p/f).is_file() for f in (WEIGHTS, INDEX)))  # one that was deleted is made again anyway
+    return sorted(p for p in paths if p.is_file() or p.is_dir() and any(map(is_weights, p.iterdir())))  # one that was deleted is made again anyway
 
 def find_damaged(
     homes,  # directories of tasks and seeds

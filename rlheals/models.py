@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'SMOLLM2', 'WEIGHTS', 'INDEX', 'pick_device', 'attention', 'find_model', 'is_gguf', 'load_model',
-           'save_model', 'add_lora', 'is_lora', 'merged', 'weight_bytes', 'stored', 'memory', 'check_model',
-           'set_up_torch', 'halving', 'in_parts', 'check_finite', 'check_gradient', 'encode', 'attends_to_all',
-           'shared_start', 'generate']
+           'is_weights', 'save_model', 'add_lora', 'is_lora', 'merged', 'weight_bytes', 'stored', 'memory',
+           'check_model', 'set_up_torch', 'halving', 'in_parts', 'check_finite', 'check_gradient', 'encode',
+           'attends_to_all', 'shared_start', 'generate']
 
 # %% ../nbs/06_models.ipynb #811a3727
 import contextlib, copy, ctypes, io, json, math, os, tempfile
@@ -107,6 +107,10 @@ def load_model(
     return _ready(model.to(device) if shared is None else model, scale).eval(), tok
 
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'  # of a checkpoint: its weights, or which of its files has which of them
+
+def is_weights(path) -> bool:
+    "Is this the file by which the chain knows a checkpoint?"
+    return Path(path).name in (WEIGHTS, INDEX)
 
 def _write(model, folder, max_shard_size, **how):
     from safetensors import safe_open

@@ -407,6 +407,11 @@ class Run:
         "The directory of a checkpoint."
         return self.path('checkpoints', f'{stage}-{step:06d}')
 
+    def processes(self, stage: str) -> int:
+        "How many share a stage: those of SFT, or of PPO; GRPO and the baselines go with PPO where the model is sharded; anything else is one's work."
+        if stage in ('sft', 'rl'): return self.config[stage]['processes']
+        return self.config['rl']['processes'] if stage in ('grpo', 'baselines') and self.config['scale']['sharding'] != 'none' else 1
+
     def weights(self, stage: str, step: int) -> Path:
         "The file of a checkpoint that says that it is there: its weights, or the index of them."
         return self.checkpoint(stage, step)/(INDEX if self.config['storage']['max_shard_size'] else WEIGHTS)
@@ -443,9 +448,9 @@ def launch(
     stage: str,  # `sft`, `rl`, `grpo` or `baselines`
     *arguments,  # of `rlheals stage`, like `--start 640`
 ) -> bool:
-    "Run a stage in several processes, if the settings ask for it and this is not one of them: was it done? (Other training than SFT and PPO only where the model is sharded, in as many as PPO.)"
-    n = run.config['sft' if stage == 'sft' else 'rl']['processes']
-    if n == 1 or 'WORLD_SIZE' in os.environ or stage not in ('sft', 'rl') and run.config['scale']['sharding'] == 'none': return False
+    "Run a stage in several processes, if the settings ask for it (`Run.processes`) and this is not one of them: was it done?"
+    n = run.processes(stage)
+    if n == 1 or 'WORLD_SIZE' in os.environ: return False
     if pick_device(run.config['model']['device']) == 'cuda':
         import torch
         if n > torch.cuda.device_count(): raise ValueError(f'{stage}.processes={n}, but this machine has {torch.cuda.device_count()} GPUs: use at most as many, or model.device=cpu')

@@ -9,7 +9,7 @@ __all__ = ['STAGES', 'ON_REQUEST', 'status', 'ranges', 'age']
 from dataclasses import replace
 from .chain import HOME, figures_dir, grpo_files, rl_files, sft_files, tables_of
 from .figures import FIGURES
-from .models import INDEX, WEIGHTS
+from .models import is_weights
 from .profiles import Run
 from .tasks import TASKS
 
@@ -35,7 +35,7 @@ def _seeds_of(run):  # the seeds that have a directory
 
 def _files(paths):  # those that are there; of a checkpoint the whole directory
     there = [p for p in paths if p.exists()]
-    return [f for p in there for f in (p.parent.iterdir() if p.name in (WEIGHTS, INDEX) else [p]) if f.is_file()]
+    return [f for p in there for f in (p.parent.iterdir() if is_weights(p) else [p]) if f.is_file()]
 
 def status(
     run: Run,

@@ -8,7 +8,7 @@ __all__ = ['MANIFEST', 'is_url', 'open_store', 'read_manifest', 'put', 'fetch', 
 # %% ../nbs/05d_store.ipynb #936d8c2a
 import json, os, re, time
 from pathlib import Path, PurePosixPath
-from .files import SUMS, Damaged, complete, damaged, record_of
+from .files import SUMS, Damaged, complete, damaged, incomplete, record_of
 from .tasks import hash64
 
 # %% ../nbs/05d_store.ipynb #c02a654a
@@ -44,8 +44,9 @@ def _manifest(fs, path):
     except ValueError as e: raise ValueError(f'{path}/{MANIFEST} is not a manifest [{e}]: use the URL of a store, or of a place where there is nothing yet') from e
 
 def _kept(folder):  # the files of a run that are worth keeping: not what is half-written, or only means something to processes of this machine
-    hollow = {r.parent for r in Path(folder).rglob(SUMS) if not all((r.parent/line[66:]).is_file() for line in r.read_text().splitlines())}  # checkpoints whose weights were deleted
-    for f in sorted(Path(folder).rglob('*')):
+    files = sorted(Path(folder).rglob('*'))
+    hollow = {f.parent for f in files if f.name == SUMS and incomplete(f.parent)}  # checkpoints whose weights were deleted
+    for f in files:
         name = f.relative_to(folder)
         if f.is_symlink() or not f.is_file() or not hollow.isdisjoint(f.parents): continue
         if name.parts[:2] != ('.snakemake', 'metadata'):  # by which Snakemake knows that what is newer may be the same
