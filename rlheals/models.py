@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ASSETS', 'SMOLLM2', 'WEIGHTS', 'INDEX', 'pick_device', 'attention', 'find_model', 'is_gguf', 'load_model',
            'is_weights', 'save_model', 'add_lora', 'is_lora', 'merged', 'weight_bytes', 'stored', 'memory',
-           'check_model', 'set_up_torch', 'halving', 'in_parts', 'check_finite', 'check_gradient', 'encode',
+           'check_model', 'set_up_torch', 'rounded', 'halving', 'in_parts', 'check_finite', 'check_gradient', 'encode',
            'attends_to_all', 'shared_start', 'generate']
 
 # %% ../nbs/06_models.ipynb #811a3727
@@ -267,6 +267,7 @@ def set_up_torch(
     torch.set_float32_matmul_precision(matmul_precision)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that slows the SFT trainer down; see tests/bench
+    os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '64')  # not 1024: see `rounded`; it is read when the first matrices are multiplied
     _keep_memory()
     if seed is not None: torch.manual_seed(seed)
 
@@ -274,6 +275,15 @@ def _keep_memory():  # glibc gives every large tensor back to the system and tak
     try: mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError): return  # another C library, which has other ways
     for option, size in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**25)): mallopt(option, size)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD (at most 32 MB)
+
+# %% ../nbs/06_models.ipynb #9947cc97
+def rounded(
+    n: int,  # rows of a matrix
+    bits: int = 4,
+) -> int:
+    "The next number with zeros after its first so many binary digits: with four, at most an eighth more."
+    low = max(n.bit_length() - bits, 0)
+    return -(-n >> low) << low
 
 # %% ../nbs/06_models.ipynb #7f75a87a
 def halving(
@@ -429,8 +439,8 @@ def _generate(model, tokenizer, contexts, max_new_tokens, temperature, chance):
         ended |= token == eos
         left = int((~ended).sum())
         if not left or step + 1 == max_new_tokens: break
-        if left <= .8 * len(rows):  # answers that have ended leave the batch, a good part at a time
-            keep = (~ended).nonzero()[:, 0]
+        if (size := rounded(left, 3)) <= .8 * len(rows):  # answers that have ended leave the batch, a good part at a time
+            keep = ended.int().argsort(stable=True)[:size].sort()[0]  # those that go on, and as many others as make up the size
             cache.batch_select_indices(keep)
             rows, mask, position, token, ended = [rows[i] for i in keep.tolist()], mask[keep], position[keep], token[keep], ended[keep]
         ids, position = token[:, None], position[:, -1:] + 1

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 from .files import complete, damaged, need_room, remove
-from .models import add_lora, check_finite, encode, halving, in_parts, is_lora, load_model, save_model, set_up_torch, shared_start, weight_bytes
+from .models import add_lora, check_finite, encode, halving, in_parts, is_lora, load_model, rounded, save_model, set_up_torch, shared_start, weight_bytes
 from .profiles import Run, keep_stopped, launch, tracker
 from .rollout import answer_all, vllm_engine
 from .sharding import computing, gathered, in_step, is_sharded, over_all, own, processes, recompute, with_weights
@@ -77,17 +77,21 @@ def _passed(model, contexts, answers, temperature):  # ... and the last hidden s
     if shared:  # what all prompts begin with goes through the model once; its gradient comes back through the cache
         past = DynamicCache(config=model.config)
         trunk(input_ids=torch.tensor([contexts[0][:shared]], device=device), past_key_values=past, use_cache=True)
-        past.batch_repeat_interleave(len(contexts))
+        past.batch_repeat_interleave(rounded(len(contexts)))
     rows = [torch.tensor(c[shared:] + a, device=device) for c, a in zip(contexts, answers)]
     ids = pad_sequence(rows, batch_first=True)  # (B, L), padded on the right: causal attention never sees it
+    # sizes that come again keep memory from growing (see `rounded`); but zeros between a gradient's rows, not only after them, would change its last bits
+    longer = 0 if torch.is_grad_enabled() else rounded(ids.shape[1]) - ids.shape[1]
+    ids = torch.nn.functional.pad(ids, (0, longer, 0, rounded(len(rows)) - len(rows)))
     hidden = trunk(input_ids=ids, past_key_values=past, use_cache=bool(shared)).last_hidden_state  # (B, L, h)
     start, n = (torch.tensor(xs, device=device) for xs in ([len(c) - shared for c in contexts], [len(a) for a in answers]))
     row = torch.repeat_interleave(torch.arange(len(rows), device=device), n)  # (N,): the answers' tokens, one after the other
     col = torch.arange(len(row), device=device) - (n.cumsum(0) - n)[row] + start[row]
-    logits = model.get_output_embeddings()(hidden[row, col - 1]).float() / temperature  # (N, vocabulary)
-    logp, zeros = logits.log_softmax(-1), torch.zeros(len(rows), device=device)
-    total = zeros.index_add(0, row, logp.gather(1, ids[row, col][:, None])[:, 0])
-    entropy = zeros.index_add(0, row, -(logp.exp() * logp).sum(-1)) / n.clamp(min=1)
+    N, zeros = len(row), torch.zeros(len(rows), device=device)
+    wide = torch.nn.functional.pad(hidden[row, col - 1], (0, 0, 0, rounded(N) - N))
+    logp = (model.get_output_embeddings()(wide).float() / temperature).log_softmax(-1)  # (N and more, vocabulary)
+    total = zeros.index_add(0, row, logp[:N].gather(1, ids[row, col][:, None])[:, 0])
+    entropy = zeros.index_add(0, row, -(logp.exp() * logp).sum(-1)[:N]) / n.clamp(min=1)
     return total, entropy, hidden[torch.arange(len(rows)), start - 1]
 
 # %% ../nbs/11_ppo.ipynb #346d993c

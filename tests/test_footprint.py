@@ -5,7 +5,7 @@ import pytest
 from rlheals.footprint import footprint
 from rlheals.profiles import Run
 
-TINY = ('sft.max_steps=6', 'rl.starts=6', 'rl.updates=8')  # PPO takes more the longer it goes on
+TINY = 'sft.max_steps=6', 'rl.starts=6', 'rl.updates=8'
 SMOLLM2 = ('sft.max_steps=2', 'sft.batch_size=8', 'sft.test_examples=8', 'rl.starts=2', 'rl.updates=2', 'rl.envs=8', 'rl.turns=2', 'rl.minibatch=8', 'rl.micro_batch=4', 'model.max_new_tokens=64', 'task.tries=2')
 
 
@@ -30,6 +30,12 @@ def compared(run, say):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux, which tells a process its memory")
 def test_the_plan_is_right_for_tiny(tmp_path, say): compared(Run('tiny', TINY, root=tmp_path), say)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux, which tells a process its memory")
+@pytest.mark.parametrize('changes', [('rl.updates=2',), ('rl.updates=20',), ('rl.updates=20', 'rl.micro_batch=8'), ('rl.updates=3', 'rl.envs=256')], ids=' '.join)
+def test_the_plan_is_right_however_long_ppo_takes(tmp_path, say, changes): compared(Run('tiny', (*TINY[:2], *changes), root=tmp_path), say)
 
 
 @pytest.mark.long
