@@ -96,7 +96,7 @@ def _tokenizer(name):  # None where it is not on this machine
 # %% ../nbs/18e_footprint.ipynb #68ec227d
 LIBRARIES = .6 * 2**30  # of Python, torch, transformers and TRL
 LOGITS = 5  # arrays of them, in float32
-KERNELS = .15 * 2**30  # of PPO on a CPU: it grows with the logarithm of the number of passes (fitted to `tests/bench/memory.py`)
+KERNELS = .15 * 2**30  # times the logarithm of the number of passes, on a CPU (fitted to PPO: `tests/bench/memory.py`)
 MEASURED = ('sft', 'rl', 'grpo', 'baselines', 'evaluate')  # stages whose memory is planned
 Footprint = namedtuple('Footprint', 'parts total')  # `parts`: name -> bytes; of `activations` and `cache` only the larger counts in the total
 
@@ -135,7 +135,9 @@ def footprint(
         if mixed and shards == 1: out['autocast'] = 2 * s.parameters  # it keeps narrow copies
         if shards > 1: gathered = (width * (2 * (s.parameters - 2 * s.vocab * s.hidden) / s.layers + 2 * s.vocab * s.hidden) * 2,  # two layers at a time, embeddings and head; weights and gradients
                                    s.parameters * width)  # scoring and sampling gather all of them
-        r = c['rl']
+        r, g = c['rl'], c['grpo']
+        passes = dict(rl=r['updates'] * -(-r['envs'] * r['turns'] // r['micro_batch']), baselines=r['updates'] * -(-r['envs'] * r['turns'] // r['minibatch']), grpo=g['updates'] * -(-g['responses'] // g['minibatch']))
+        if not gpu and stage in passes: out['kernels'] = KERNELS * math.log(1 + passes[stage] / devices / 64)
         if stage in ('sft', 'baselines'):
             rows, L = (min(c['sft']['batch_size'], c['sft']['examples']) if stage == 'sft' else r['minibatch']) // devices, n.prompt + n.answer
             out['activations'] = _activations(s, rows, L, L, c, width, gpu) + LOGITS * rows * L * s.vocab * 4
@@ -145,7 +147,6 @@ def footprint(
             out['activations'] = _activations(s, rows, L, L, c, width, gpu) + LOGITS * rows * new * s.vocab * 4
             out['cache'] = sampling(c['grpo']['responses'] // devices)
         else:
-            if not gpu: out['kernels'] = KERNELS * math.log(1 + r['updates'] * -(-r['envs'] * r['turns'] // r['micro_batch']) / devices / 64)
             if r['log_kl']: out['start'] = s.parameters * b / shards
             rows, L = min(r['micro_batch'], -(-r['minibatch'] // devices)), context + new
             shared = 0 if c['scale']['gradient_checkpointing'] else n.shared  # see `score`

@@ -84,7 +84,7 @@ def test_a_model_whose_training_does_not_fit(tmp_path):
     "Its weights would, what training keeps beside them would not: on a processor nothing else could be done about it than ending the process."
     from rlheals.models import ASSETS
     shutil.copytree(ASSETS/'tiny', tmp_path/'model')
-    said = refused(['reproduce', '--profile', 'smoke', '--set', f'model.name={tmp_path/"model"}', '--set', 'sft.batch_size=4000000'], tmp_path, limit=10)
+    said = refused(['reproduce', '--profile', 'smoke', '--set', f'model.name={tmp_path/"model"}', '--set', 'sft.batch_size=4000000', '--set', 'sft.examples=4000000'], tmp_path, limit=10)
     assert 'smoke does not fit: sft takes' in said and 'a smaller sft.batch_size' in said, said
 
 
