@@ -265,7 +265,7 @@ def set_up_torch(
     logging.disable_progress_bar()  # of loading and saving: they are over before they can be read
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(matmul_precision)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode('warn')  # use_deterministic_algorithms(True, warn_only=True), but without a second of loading a compiler that nothing here uses
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that slows the SFT trainer down; see tests/bench
     os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '64')  # not 1024: see `rounded`; it is read when the first matrices are multiplied
     _keep_memory()

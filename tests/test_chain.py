@@ -180,10 +180,11 @@ def test_two_runs_do_not_mix(home, run):
 
 @pytest.mark.parametrize('notebook, parameters', [
     ('01_sft', {}), ('02_rl', dict(start=2)), ('03_evaluate', dict(table='eval-rl-00')), ('04_spectra', {}), ('05_surgery', dict(sweep='layers')), ('05b_drift', {}), ('05d_explorer', {}), ('06_figures', dict(figure='F1'))])
-def test_each_notebook_runs_alone(home, notebook, parameters):
+def test_each_notebook_runs_alone(home, tmp_path, notebook, parameters):
+    shutil.copytree(home/'runs'/'smoke', tmp_path/'runs'/'smoke')
     flags = [x for k, v in parameters.items() for x in ('-p', k, str(v))]
     done = subprocess.run([sys.executable, '-m', 'papermill', str(ROOT/'nbs'/'paper'/f'{notebook}.ipynb'), f'{notebook}.out.ipynb', '-p', 'profile', 'smoke', *flags],
-                          cwd=home, capture_output=True, text=True)
+                          cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -234,9 +235,9 @@ def test_a_second_seed_has_the_first_as_donor(home, run):
 
 
 def test_all_tasks_run_the_chain(home, run):
-    "The other three tasks beside the one that is there, by figures that need training, RL, evaluation, baselines, surgery and states; F5 then shows four, also when GeneralPoints is asked for alone."
-    wanted = ('F1', 'F4', 'F5', 'F10', 'F14', 'S1')
-    rlheals('reproduce', '--profile', 'smoke', cwd=home)  # the tests above have executed its notebooks alone: what they made is newer than what follows from it
+    "The other three tasks beside the one that is there: training, RL, evaluation, baselines; F5 then shows four, also when GeneralPoints is asked for alone."
+    wanted = ('F1', 'F5', 'S1')
+    rlheals('reproduce', '--profile', 'smoke', cwd=home)  # where the test above has left a second seed, figures show it from now on
     before = stamps(run)
     done = rlheals('reproduce', '--profile', 'smoke', '--task', 'navigation,rank', '--task', 'determinant', *(x for f in wanted for x in ('--figure', f)), cwd=home)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -249,6 +250,16 @@ def test_all_tasks_run_the_chain(home, run):
         assert json.loads((run.dir/'figures'/task/'F1.json').read_text())['tasks'] == [task]
     assert list(pd.read_csv(run.dir/'figures'/'F5.csv')['task'].unique()) == ['general_points', 'navigation', 'rank', 'determinant']
     assert 'nothing to do' in rlheals('reproduce', '--profile', 'smoke', cwd=home).stdout
+
+
+@pytest.mark.parametrize('task', ['navigation', *(pytest.param(t, marks=pytest.mark.long) for t in ('rank', 'determinant'))])  # first the one least like GeneralPoints: with several turns
+def test_other_tasks_have_their_surgery_and_states(home, run, task):
+    wanted = {'F4', 'F10', 'F14'}
+    done = rlheals('reproduce', '--profile', 'smoke', '--task', task, *(x for f in wanted for x in ('--figure', f)), cwd=home)
+    assert done.returncode == 0, done.stdout + done.stderr
+    other = Run('smoke', root=home/'runs', task_name=task)
+    assert wanted <= {p.stem for p in (run.dir/'figures'/task).glob('*.png')}
+    assert all(set(other.load(t)['task']) == {task} for t in ('surgery-rank', 'next_token'))
 
 
 def test_figures_beyond_the_default_are_made_when_asked_for(home, run):
