@@ -235,8 +235,8 @@ def test_a_second_seed_has_the_first_as_donor(home, run):
 
 
 def test_all_tasks_run_the_chain(home, run):
-    "The other three tasks beside the one that is there: training, RL, evaluation, baselines; F5 then shows four, also when GeneralPoints is asked for alone."
-    wanted = ('F1', 'F5', 'S1')
+    "The other three tasks beside the one that is there, by figures that need training, RL, evaluation, baselines, surgery and states; F5 then shows four, also when GeneralPoints is asked for alone."
+    wanted = ('F1', 'F4', 'F5', 'F10', 'F14', 'S1')
     rlheals('reproduce', '--profile', 'smoke', cwd=home)  # where the test above has left a second seed, figures show it from now on
     before = stamps(run)
     done = rlheals('reproduce', '--profile', 'smoke', '--task', 'navigation,rank', '--task', 'determinant', *(x for f in wanted for x in ('--figure', f)), cwd=home)
@@ -250,16 +250,6 @@ def test_all_tasks_run_the_chain(home, run):
         assert json.loads((run.dir/'figures'/task/'F1.json').read_text())['tasks'] == [task]
     assert list(pd.read_csv(run.dir/'figures'/'F5.csv')['task'].unique()) == ['general_points', 'navigation', 'rank', 'determinant']
     assert 'nothing to do' in rlheals('reproduce', '--profile', 'smoke', cwd=home).stdout
-
-
-@pytest.mark.parametrize('task', ['navigation', *(pytest.param(t, marks=pytest.mark.long) for t in ('rank', 'determinant'))])  # first the one least like GeneralPoints: with several turns
-def test_other_tasks_have_their_surgery_and_states(home, run, task):
-    wanted = {'F4', 'F10', 'F14'}
-    done = rlheals('reproduce', '--profile', 'smoke', '--task', task, *(x for f in wanted for x in ('--figure', f)), cwd=home)
-    assert done.returncode == 0, done.stdout + done.stderr
-    other = Run('smoke', root=home/'runs', task_name=task)
-    assert wanted <= {p.stem for p in (run.dir/'figures'/task).glob('*.png')}
-    assert all(set(other.load(t)['task']) == {task} for t in ('surgery-rank', 'next_token'))
 
 
 def test_figures_beyond_the_default_are_made_when_asked_for(home, run):
