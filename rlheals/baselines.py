@@ -26,7 +26,11 @@ def budget(
     rl: dict,  # the section `rl` of a profile
 ) -> dict:
     "What RL spends: optimiser `steps`, and `turns`, the answers of each of its environments."
-    return dict(steps=rl['updates'] * rl['epochs'] * -(-rl['envs'] * rl['turns'] // rl['minibatch']), turns=rl['updates'] * rl['turns'])
+    return dict(
+        steps=rl['updates'] * rl['epochs'] * -(-rl['envs'] * rl['turns'] // rl['minibatch']),
+        turns=rl['updates'] * rl['turns'],
+    )
+
 
 def even(total: int, parts: int) -> list[int]:
     "A whole number as a sum of `parts` whole numbers that differ by one at most."
@@ -58,8 +62,12 @@ def conversations(
     "A `datasets.Dataset` of what was said and the answer: columns `prompt` and `completion`."
     from datasets import Dataset
     message = lambda i, text: dict(role=('user', 'assistant')[i % 2], content=text)
-    return Dataset.from_dict(dict(prompt=[[message(i, x) for i, x in enumerate(said)] if chat else ' '.join(said) for said, _ in pairs],
-                                  completion=[[message(1, a)] if chat else a for _, a in pairs]))
+    return Dataset.from_dict(
+        dict(
+            prompt=[[message(i, x) for i, x in enumerate(said)] if chat else ' '.join(said) for said, _ in pairs],
+            completion=[[message(1, a)] if chat else a for _, a in pairs],
+        )
+    )
 
 # %% ../nbs/13b_baselines.ipynb #f4dda7bd
 def more_sft(
@@ -68,32 +76,73 @@ def more_sft(
     steps: int,
     learning_rate: float,
     seed: int,
+    schedule: str = 'constant',
+    warmup_steps: int = 0,
 ):
-    "SFT in place at a constant rate, with RL's minibatch."
+    "SFT in place, with RL's minibatch."
     from datasets import disable_progress_bars
     disable_progress_bars()  # each is over before it can be read
-    train_sft(model, tokenizer, data, {}, dict(max_steps=steps, batch_size=c['rl']['minibatch'], learning_rate=learning_rate, schedule='constant', warmup_steps=0,
-                                               weight_decay=c['sft']['weight_decay'], checkpoints=[]), seed)
+    train_sft(
+        model,
+        tokenizer,
+        data,
+        {},
+        dict(
+            max_steps=steps,
+            batch_size=c['rl']['minibatch'],
+            learning_rate=learning_rate,
+            schedule=schedule,
+            warmup_steps=warmup_steps,
+            weight_decay=c['sft']['weight_decay'],
+            checkpoints=[],
+        ),
+        seed,
+    )
     model.eval()
 
 def further_sft(model, tokenizer, task: Task, c: dict, seed: int):
-    "Go on with SFT in place, on examples drawn afresh, as many steps as RL takes; no rows to keep."
-    steps = budget(c['rl'])['steps']
+    """Go on with SFT in place, on examples drawn afresh, as many steps as RL takes, at RL's learning rate and by its
+    schedule; no rows to keep."""
+    rl, steps = c['rl'], budget(c['rl'])['steps']
     fresh = examples(task, 'train', steps * c['rl']['minibatch'], seed)
-    more_sft(model, tokenizer, as_dataset(task, fresh, bool(tokenizer.chat_template)), c, steps, c['sft']['learning_rate'], seed % 2**31)
+    more_sft(
+        model,
+        tokenizer,
+        as_dataset(task, fresh, bool(tokenizer.chat_template)),
+        c,
+        steps,
+        rl['learning_rate'],
+        seed % 2**31,
+        rl['schedule'],
+        rl['warmup_updates'] * steps // rl['updates'],
+    )
     return []
 
 def rejection(model, tokenizer, task: Task, c: dict, seed: int):
-    "Rejection sampling in place: sample, keep what is right, imitate it, `baselines.rounds` times; rows (round, metric, value) of what was kept."
+    """Rejection sampling in place: sample, keep what is right, imitate it, `baselines.rounds` times; rows (round,
+    metric, value) of what was kept."""
     from accelerate.utils import broadcast_object_list
     rl, rounds, rows = c['rl'], c['baselines']['rounds'], []
     parts = zip(*(even(n, rounds) for n in budget(rl).values()))
     for k, (steps, turns) in enumerate(parts):
         chance = hash64(seed, 'round', k) % 2**31
-        with gathered(model): right = right_answers(model, tokenizer, task, rl['envs'], turns, c['model']['max_new_tokens'], rl['temperature'], chance)
+        with gathered(model):
+            right = right_answers(
+                model, tokenizer, task, rl['envs'], turns, c['model']['max_new_tokens'], rl['temperature'], chance
+            )
         if is_sharded(model): right = broadcast_object_list([right])[0]  # all have sampled the same, but for rounding
-        if right: more_sft(model, tokenizer, conversations(right, bool(tokenizer.chat_template)), c, steps, rl['learning_rate'], chance)
-        rows += [(k, 'answers', rl['envs'] * turns), (k, 'right', len(right)), (k, 'steps', steps * bool(right))]  # without a right answer the model stays as it is
+        if right:
+            more_sft(
+                model,
+                tokenizer,
+                conversations(right, bool(tokenizer.chat_template)),
+                c,
+                steps,
+                rl['learning_rate'],
+                chance,
+            )
+        # without a right answer the model stays as it is
+        rows += [(k, 'answers', rl['envs'] * turns), (k, 'right', len(right)), (k, 'steps', steps * bool(right))]
     return rows
 
 def interpolate(
@@ -115,8 +164,16 @@ def baseline_plan(run: Run) -> list[tuple[str, int]]:
 def _end(run, method, start):  # the model at the end of a baseline, made when called; and a key that says from what
     c, m, task = run.config, run.config['model'], run.task()
     seed = hash64(run.seed, method, start)
-    model, tok = load_model(run.checkpoint('sft', start), m['device'], m['dtype']) if method == 'interpolation' else load_start(run, start)
-    first = load_model(run.checkpoint('sft', c['rl']['starts'][0]), 'cpu', m['dtype'])[0] if method == 'interpolation' else None
+    model, tok = (
+        load_model(run.checkpoint('sft', start), m['device'], m['dtype'])
+        if method == 'interpolation'
+        else load_start(run, start)
+    )
+    first = (
+        load_model(run.checkpoint('sft', c['rl']['starts'][0]), 'cpu', m['dtype'])[0]
+        if method == 'interpolation'
+        else None
+    )
     weights = [content(x) for x in (model, first) if x]
     key = hash64(seed, weights, *decisive(c, 'task', 'model', 'lora', 'sft', 'rl', 'eval', 'baselines').values())
     def make():
@@ -138,7 +195,8 @@ def baselines_stage(
     run: Run,
     progress=lambda done, total: None,
 ):
-    "The baselines of a run: writes the table `baselines`, in the columns of an evaluation (stage: the method; split `train`: what was kept in each round of rejection sampling)."
+    """The baselines of a run: writes the table `baselines`, in the columns of an evaluation (stage: the method; split
+    `train`: what was kept in each round of rejection sampling)."""
     import pandas as pd
     if launch(run, 'baselines'): return run.load('baselines')
     c, tables, todo = run.config, [], baseline_plan(run)
@@ -154,7 +212,12 @@ def baselines_stage(
             if is_sharded(model): model, tok = _whole(run, model, tok, f'baselines-{method}')
             del make  # it holds on to the sharded model
             seen = evaluate_run(run, model, tok)
-            kept = pd.DataFrame([dict(split='train', problems='', episode=k, metric=m, value=float(v)) for k, m, v in kept])
+            kept = pd.DataFrame(
+                [
+                    dict(split='train', drawn_from='train', problems='', episode=k, metric=m, value=float(v))
+                    for k, m, v in kept
+                ]
+            )
             seen = pd.concat([seen, kept], ignore_index=True) if len(kept) else seen
             seen.insert(0, 'stage', method); seen.insert(1, 'checkpoint', start)
             if us.is_main_process:

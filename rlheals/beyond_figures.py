@@ -12,7 +12,14 @@ from .plots import MUTED, OOD, SFT, TASK_NAMES, figure, reach, rows, steps_axis,
 from .preserve import LEVELS, at_equal_id, method_name, parse_method
 
 # %% ../nbs/17d_beyond_figures.ipynb #6a037156
-_LOOKS = dict(sft=((SFT,), 'o', '-'), rpsft=(('#CC79A7', '#882E72'), 's', '-'), l2=(('#D9B45B', '#8A6410'), 'D', (0, (4, 1.5))), lora=(('#56A0C8', '#1F5F85'), '^', (0, (2, 1))))  # tints, marker, line
+# tints, marker, line
+_LOOKS = dict(
+    sft=((SFT,), 'o', '-'),
+    rpsft=(('#CC79A7', '#882E72'), 's', '-'),
+    l2=(('#D9B45B', '#8A6410'), 'D', (0, (4, 1.5))),
+    lora=(('#56A0C8', '#1F5F85'), '^', (0, (2, 1))),
+)
+
 
 def _looks(methods):  # method -> colour, marker, line: one hue per kind, darker with its number
     out = {}
@@ -25,20 +32,26 @@ def preserve_tests(
     sft,  # table `sft_evaluation` of one task
     preserved,  # tables `preserve-...`
 ):
-    "RPSFT against plain SFT and against each other method, at equal ID accuracy (mean over the levels): rows of `at_equal_id`, and `p_holm` over all comparisons of one task."
+    """RPSFT against plain SFT and against each other method, at equal ID accuracy (mean over the levels): rows of
+    `at_equal_id`, and `p_holm` over all comparisons of one task."""
     import pandas as pd
     from statsmodels.stats.multitest import multipletests
     methods = list(dict.fromkeys(preserved['method']))
     ours = [m for m in methods if parse_method(m)[0] == 'rpsft']
     found = [at_equal_id(sft, preserved, other) for other in ['sft', *(m for m in methods if m not in ours)]]
-    pairs = pd.concat([t[(t.level == 'all') & t.method.isin(ours)] for t in found], ignore_index=True).assign(p_holm=np.nan)
+    pairs = pd.concat([t[(t.level == 'all') & t.method.isin(ours)] for t in found], ignore_index=True).assign(
+        p_holm=np.nan
+    )
     judged = pairs.p.notna()
     if judged.any(): pairs.loc[judged, 'p_holm'] = multipletests(pairs.p[judged], method='holm')[1]
     return pairs
 
 @figure('sft_evaluation', 'preserve')
 def s3(tables):
-    "Left: ID and OOD accuracy along training (mean over seeds; thin: seeds; large point: the last checkpoint). Right: OOD accuracy at equal ID accuracy, minus that of plain SFT stopped there (95 % intervals over seeds and episodes; a level is a share of the ID accuracy that plain SFT ends with; no point: not reached in every seed)."
+    """Left: ID and OOD accuracy along training (mean over seeds; thin: seeds; large point: the last checkpoint).
+
+    Right: OOD accuracy at equal ID accuracy, minus that of plain SFT stopped there (95 % intervals over seeds and
+    episodes; a level is a share of the ID accuracy that plain SFT ends with; no point: not reached in every seed)."""
     import matplotlib.pyplot as plt, pandas as pd
     sft = rows(tables['sft_evaluation'], 'sft_evaluation', stage='sft', metric='success', split=('id', 'ood'))
     preserved = rows(tables['preserve'], 'preserve', metric='success', split=('id', 'ood'))
@@ -51,9 +64,12 @@ def s3(tables):
     handles = []
     for m, (colour, marker, ls) in looks.items():
         mine = paths[paths.method == m]
-        for _, d in mine.groupby('seed') if mine.seed.nunique() > 1 else (): ax.plot(100 * d.id, 100 * d.ood, color=colour, lw=.5, alpha=.35)
+        for _, d in mine.groupby('seed') if mine.seed.nunique() > 1 else ():
+            ax.plot(100 * d.id, 100 * d.ood, color=colour, lw=0.5, alpha=0.35)
         mean = mine.groupby('checkpoint')[['id', 'ood']].mean() * 100
-        handles += ax.plot(mean.id, mean.ood, color=colour, marker=marker, ls=ls, ms=2.8, label=method_name(m), zorder=3)
+        handles += ax.plot(
+            mean.id, mean.ood, color=colour, marker=marker, ls=ls, ms=2.8, label=method_name(m), zorder=3
+        )
         ax.plot(*mean.iloc[-1], marker=marker, color=colour, ms=6, mec='white', mew=.8, zorder=4)
     ends = gaps[(gaps.method == 'sft') & (gaps.level != 'all')]
     for at in ends.id: ax.axvline(100 * at, color=MUTED, lw=.7, ls=':', zorder=0)
@@ -64,25 +80,48 @@ def s3(tables):
         d = gaps[gaps.method == m].set_index('level').loc[labels]
         x = np.arange(len(d)) + (n - (len(held) - 1) / 2) * .15
         shown = (d.reached == d.of).to_numpy()
-        gap.errorbar(x[shown], 100 * d['mean'][shown], reach(d[shown], 100), fmt=marker, ms=3.6, color=colour, elinewidth=1)
+        gap.errorbar(
+            x[shown], 100 * d['mean'][shown], reach(d[shown], 100), fmt=marker, ms=3.6, color=colour, elinewidth=1
+        )
     gap.axhline(0, color=SFT, lw=1)
     gap.set_xticks(range(len(labels)), [f'{100 * ends.id.iloc[i]:.0f} %' for i in range(len(ends))] + ['mean'])
     gap.set(xlabel='at this ID accuracy', ylabel='OOD accuracy less plain SFT’s (points)', xlim=(-.6, len(labels) - .4))
     gap.tick_params(axis='x', length=0)
     top_legend(fig, handles, ncols=3)
     means = paths.melt(['method', 'seed', 'checkpoint'], ['id', 'ood'], 'split', 'mean')
-    return fig, pd.concat([gaps.assign(what='at_equal_id'), preserve_tests(sft, preserved).assign(what='test'), means.assign(what='path')], ignore_index=True)
+    return fig, pd.concat(
+        [
+            gaps.assign(what='at_equal_id'),
+            preserve_tests(sft, preserved).assign(what='test'),
+            means.assign(what='path'),
+        ],
+        ignore_index=True,
+    )
 
 # %% ../nbs/17d_beyond_figures.ipynb #2645da72
 _TASKS = TASK_NAMES | dict(all='all tasks')
-_RULES = {'best': ('o', '#222222', '#222222'), 'other seeds': ('o', '#882E72', '#882E72'), 'other tasks': ('D', '#882E72', 'white')}  # marker, edge, fill
+# marker, edge, fill
+_RULES = {
+    'best': ('o', '#222222', '#222222'),
+    'other seeds': ('o', '#882E72', '#882E72'),
+    'other tasks': ('D', '#882E72', 'white'),
+}
+
 
 @figure('sft_evaluation', 'warning', across_tasks=True)
 def s4(tables):
-    "Left: quantities measured without OOD problems along SFT, for the first task (mean over seeds; thin: seeds; dotted: the step with the best OOD accuracy, mean over seeds). Right: OOD accuracy where a rule stops SFT, less that at the lowest ID test loss, in points (95 % intervals over seeds and episodes). Full: threshold chosen on the task's other seeds; open: on other tasks; black: without a threshold. With one seed and one task no threshold can be chosen."
+    """Left: quantities measured without OOD problems along SFT, for the first task (mean over seeds; thin: seeds;
+    dotted: the step with the best OOD accuracy, mean over seeds). Right: OOD accuracy where a rule stops SFT, less that
+    at the lowest ID test loss, in points (95 % intervals over seeds and episodes). Full: threshold chosen on the task's
+    other seeds; open: on other tasks; black: without a threshold. With one seed and one task no threshold can be
+    chosen."""
     import matplotlib.pyplot as plt, pandas as pd
     from matplotlib.lines import Line2D
-    known = traces(rows(tables['sft_evaluation'], 'sft_evaluation', stage='sft', metric='success', split='ood'), rows(tables['warning'], 'warning', metric=tuple(METRICS)))
+
+    known = traces(
+        rows(tables['sft_evaluation'], 'sft_evaluation', stage='sft', metric='success', split='ood'),
+        rows(tables['warning'], 'warning', metric=tuple(METRICS)),
+    )
     found = scores(known)
     first = [t for t in known if t.task == known[0].task]
     peak = first[0].steps[np.mean([t.accuracy for t in first], 0).argmax()]
@@ -94,7 +133,11 @@ def s4(tables):
         for t in first if len(first) > 1 else (): ax.plot(t.steps, t.value(metric), color=SFT, lw=.4, alpha=.35)
         ax.plot(first[0].steps, np.mean([t.value(metric) for t in first], 0), color=SFT, lw=1.1)
         ax.axvline(peak, color=OOD, lw=.8, ls=':')
-        if metric in ('id_loss', 'train_loss') and np.nanmin(ax.get_lines()[-2].get_ydata()) > 0: ax.set_yscale('log'); ax.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5))); ax.yaxis.set_major_formatter('{x:g}'); ax.minorticks_off()
+        if metric in ('id_loss', 'train_loss') and np.nanmin(ax.get_lines()[-2].get_ydata()) > 0:
+            ax.set_yscale('log')
+            ax.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter('{x:g}')
+            ax.minorticks_off()
         else: ax.locator_params(axis='y', nbins=3)
         ax.set_title(name.partition(' (')[0], fontsize=6, fontweight='normal', pad=2)
         ax.tick_params(labelsize=5.5); ax.grid(False)
@@ -107,22 +150,59 @@ def s4(tables):
             for _, d in mine[(mine.metric == metric) & (mine.rule.eq(rule) if rule else True)].iterrows():
                 marker, edge, fill = _RULES.get(d.rule, _RULES['best'])
                 at = y + {'other seeds': -.14, 'other tasks': .16}.get(d.rule, 0)
-                ax.errorbar(100 * d['mean'], at, xerr=100 * np.maximum(0, [[d['mean'] - d.low], [d.high - d['mean']]]), fmt=marker, ms=2.8, color=edge, mfc=fill, mew=.7, elinewidth=.7)
+                ax.errorbar(
+                    100 * d['mean'],
+                    at,
+                    xerr=100 * np.maximum(0, [[d['mean'] - d.low], [d.high - d['mean']]]),
+                    fmt=marker,
+                    ms=2.8,
+                    color=edge,
+                    mfc=fill,
+                    mew=0.7,
+                    elinewidth=0.7,
+                )
         ax.axvline(0, color=MUTED, lw=.8); ax.axhline(2.5, color=MUTED, lw=.5)
-        if (fixed := mine[mine.rule == 'fixed step']).size: ax.axvline(100 * fixed['mean'].item(), color=MUTED, lw=.8, ls=':')
-        ax.set_title(_TASKS.get(task, task), fontsize=6.5); ax.tick_params(labelsize=6); ax.locator_params(axis='x', nbins=4); ax.grid(False)
+        if (fixed := mine[mine.rule == 'fixed step']).size:
+            ax.axvline(100 * fixed['mean'].item(), color=MUTED, lw=0.8, ls=':')
+        ax.set_title(_TASKS.get(task, task), fontsize=6.5)
+        ax.tick_params(labelsize=6)
+        ax.locator_params(axis='x', nbins=4)
+        ax.grid(False)
         ax.tick_params(axis='y', length=0)
     names = dict(oracle='oracle', end='the end', **{'fixed step': 'best fixed step'})
-    axes[0].set_yticks(range(len(order)), [names[r] if r else METRICS[m].partition(' (')[0] for m, r in order], fontsize=6)
+    axes[0].set_yticks(
+        range(len(order)), [names[r] if r else METRICS[m].partition(' (')[0] for m, r in order], fontsize=6
+    )
     axes[0].set_ylim(len(order) - .5, -.5)
     right.supxlabel('OOD accuracy less that at the lowest test loss (points)', fontsize=7)
-    looks = {'best': 'no threshold', 'other seeds': 'threshold from other seeds', 'other tasks': 'threshold from other tasks'}
-    right.legend(handles=[Line2D([], [], ls='', marker=_RULES[k][0], ms=3, color=_RULES[k][1], mfc=_RULES[k][2], label=v) for k, v in looks.items()], loc='outside upper center', ncols=1 if len(shown) < 3 else 3, fontsize=6)
-    curves = pd.DataFrame([dict(what='quantity', task=t.task, seed=t.seed, checkpoint=c, metric=m, value=v) for t in known for m in t.values for c, v in zip(t.steps, t.values[m])])
+    looks = {
+        'best': 'no threshold',
+        'other seeds': 'threshold from other seeds',
+        'other tasks': 'threshold from other tasks',
+    }
+    right.legend(
+        handles=[
+            Line2D([], [], ls='', marker=_RULES[k][0], ms=3, color=_RULES[k][1], mfc=_RULES[k][2], label=v)
+            for k, v in looks.items()
+        ],
+        loc='outside upper center',
+        ncols=1 if len(shown) < 3 else 3,
+        fontsize=6,
+    )
+    curves = pd.DataFrame(
+        [
+            dict(what='quantity', task=t.task, seed=t.seed, checkpoint=c, metric=m, value=v)
+            for t in known
+            for m in t.values
+            for c, v in zip(t.steps, t.values[m])
+        ]
+    )
     return fig, pd.concat([found.assign(what='score'), curves], ignore_index=True)
 
 # %% ../nbs/17d_beyond_figures.ipynb #42deff08
-def _points(d, digits=1): return f"{100 * d['mean']:+.{digits}f} points [{100 * d['low']:+.{digits}f}, {100 * d['high']:+.{digits}f}]"
+def _points(d, digits=1):
+    return f"{100 * d['mean']:+.{digits}f} points [{100 * d['low']:+.{digits}f}, {100 * d['high']:+.{digits}f}]"
+
 
 def preserve_reading(
     tests,  # of `preserve_tests`
@@ -132,8 +212,17 @@ def preserve_reading(
     for r in tests.to_dict('records'):
         said = f"{method_name(r['method'])} against {method_name(r['against'])}: "
         if not r['seeds']: out.append(said + 'no ID level that both reach.'); continue
-        verdict = 'too few seeds for a test' if np.isnan(r['p_holm']) else f"{'more' if r['mean'] > 0 else 'less'} surely (Holm p = {r['p_holm']:.2g})" if r['p_holm'] < .05 else f"not sure (Holm p = {r['p_holm']:.2g})"
-        out.append(said + f"{_points(r)} of OOD accuracy at equal ID accuracy, {r['seeds']:.0f} of {r['of']:.0f} seeds; {verdict}.")
+        verdict = (
+            'too few seeds for a test'
+            if np.isnan(r['p_holm'])
+            else f"{'more' if r['mean'] > 0 else 'less'} surely (Holm p = {r['p_holm']:.2g})"
+            if r['p_holm'] < 0.05
+            else f"not sure (Holm p = {r['p_holm']:.2g})"
+        )
+        out.append(
+            said
+            + f"{_points(r)} of OOD accuracy at equal ID accuracy, {r['seeds']:.0f} of {r['of']:.0f} seeds; {verdict}."
+        )
     return '\n'.join(f'- {line}' for line in out)
 
 def warning_reading(
@@ -143,13 +232,30 @@ def warning_reading(
     out = []
     for task, t in found[found.rule != 'spearman'].groupby('task', sort=False):
         rules, name = t[(t.rule != 'oracle') & ~((t.metric == 'id_loss') & (t.rule == 'best'))], _TASKS.get(task, task)
-        call = lambda r: f"{METRICS[r['metric']].partition(' (')[0]}, {'its best value' if r['rule'] == 'best' else 'threshold from ' + r['rule']}" if r['metric'] else dict(end='the end').get(r['rule'], 'the best fixed step')
+        call = lambda r: (
+            f"{METRICS[r['metric']].partition(' (')[0]}, "
+            f"{'its best value' if r['rule'] == 'best' else 'threshold from ' + r['rule']}"
+            if r['metric']
+            else dict(end='the end').get(r['rule'], 'the best fixed step')
+        )
         oracle = t[t.rule == 'oracle'].iloc[0]
         said = f"**{name}**: the oracle is worth {_points(oracle)} over the lowest test loss. "
-        if rules.p_holm.isna().all(): out.append(said + f"With {oracle['seeds']} seed{'s' * bool(oracle['seeds'] > 1)} no rule can be tested (it takes three)."); continue
+        if rules.p_holm.isna().all():
+            out.append(
+                said
+                + f"With {oracle['seeds']} seed{'s' * bool(oracle['seeds'] > 1)} no rule can be tested (it takes "
+                  "three)."
+            )
+            continue
         sure = rules[(rules.p_holm < .05) & (rules['mean'] > 0)].sort_values('mean', ascending=False)
-        said += 'Surely better: ' + '; '.join(f"{call(r)}, {_points(r)}" for r in sure.to_dict('records')) + '. ' if len(sure) else f'Of {len(rules)} rules none is surely better. '
+        said += (
+            'Surely better: ' + '; '.join(f"{call(r)}, {_points(r)}" for r in sure.to_dict('records')) + '. '
+            if len(sure)
+            else f'Of {len(rules)} rules none is surely better. '
+        )
         top, fixed = rules[rules.metric != ''].sort_values('mean').iloc[-1], rules[rules.rule == 'fixed step']
-        said += f"The best of them on average: {call(top)}, {_points(top)}" + (f"; the best fixed step, which watches nothing: {_points(fixed.iloc[0])}." if len(fixed) else '.')
+        said += f"The best of them on average: {call(top)}, {_points(top)}" + (
+            f"; the best fixed step, which watches nothing: {_points(fixed.iloc[0])}." if len(fixed) else '.'
+        )
         out.append(said)
     return '\n'.join(f'- {line}' for line in out)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PAPER', 'HOME', 'TABLES', 'ASKS', 'STARTS', 'sft_files', 'rl_files', 'grpo_files', 'variants', 'tables_of',
            'load_tables', 'seeds_done', 'shown', 'figure_runs', 'figure_inputs', 'figure_tables', 'figures_dir',
-           'provenance', 'draw_figure', 'progress', 'Job', 'resources', 'snakemake', 'plan', 'seconds', 'makespan',
-           'clock', 'command', 'execute', 'open_run']
+           'provenance', 'draw_figure', 'progress', 'job_environment', 'isolated', 'Job', 'resources', 'snakemake',
+           'plan', 'seconds', 'makespan', 'clock', 'command', 'execute', 'open_run']
 
 # %% ../nbs/19_chain.ipynb #55c33ede
-import json, math, os, re, shlex, shutil, subprocess, sys, time
+import json, math, os, re, shlex, shutil, site, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -21,7 +21,8 @@ from .conditions import CONDITIONS, condition_run, conditions_of, made_already
 from .evaluate import evaluation_parts
 from .files import complete, digest, need_room
 from .footprint import STAGES, Device, UnknownShape, check_footprint, seconds_of, this_device
-from .guard import MARK, ChainError, cancel_jobs, check_executor, check_memory, discard, drop_shards, end_workers, find_damaged, hold, queue_name, terminable
+from .guard import (MARK, ChainError, cancel_jobs, check_executor, check_memory, discard, drop_shards,
+                           end_workers, find_damaged, hold, queue_name, terminable)
 from .models import check_model, is_weights, memory, pick_device, stored
 from .profiles import DTYPES, Run, check_engine, split_changes
 from .store import fetch, put
@@ -29,7 +30,8 @@ from .surgery import surgery_plan
 from .tasks import TASKS
 
 # %% ../nbs/19_chain.ipynb #4b37f08a
-PAPER = (Path(__file__).parents[1] if '__file__' in globals() else Path('..').resolve())/'nbs'/'paper'  # the chain's notebooks
+# the chain's notebooks
+PAPER = (Path(__file__).parents[1] if '__file__' in globals() else Path('..').resolve())/'nbs'/'paper'
 
 # %% ../nbs/19_chain.ipynb #c946e3fa
 def sft_files(run: Run) -> list[Path]:
@@ -49,17 +51,19 @@ HOME = 'general_points'  # the task whose figures are not in a directory of thei
 
 TABLES = dict(  # table of a figure -> names of a run's tables
     evaluation=lambda run: [n for stage in ('sft', 'rl', 'grpo') for n in evaluation_parts(run, stage)],
+    rl_evaluation=lambda run: [n for stage in ('sft', 'rl') for n in evaluation_parts(run, stage)],
     baselines=lambda run: ['baselines'],
     conditions=lambda run: [f'condition-{n}' for n in conditions_of(run)],
     sft_evaluation=lambda run: [*evaluation_parts(run, 'sft')],
     losses=lambda run: ['losses'],
-    rl_log=lambda run: [f"rl-{max(run.config['rl']['starts']):06d}", f"grpo-{max(run.config['grpo']['starts']):06d}"],
+    rl_log=lambda run: [f"rl-{run.sft_end:06d}", f"grpo-{max(run.config['grpo']['starts']):06d}"],
     advantages=lambda run: [f'advantages-{s:06d}' for s in run.config['rl']['starts']],
     spectra=lambda run: ['spectra'],
     angles=lambda run: ['angles'],
     rotation=lambda run: ['rotation'],
     energy=lambda run: ['energy'],
-    surgery=lambda run: ['surgery-rank', 'surgery-layers'] + ['surgery-seed'] * (run.seed > 0),  # the last: a donor from the seed before
+    # the last: a donor from the seed before
+    surgery=lambda run: ['surgery-rank', 'surgery-layers'] + ['surgery-seed'] * (run.seed > run.first_seed),
     imposed=lambda run: ['surgery-impose'],
     states=lambda run: ['states'],
     drift=lambda run: ['drift'],
@@ -71,11 +75,16 @@ TABLES = dict(  # table of a figure -> names of a run's tables
 
 def variants(
     run: Run,
-    seeds: int = 1,  # 0, 1, ..., `seeds` - 1
+    seeds: int = 1,  # how many, from `Run.first_seed` on
     tasks=(),  # names (default: the run's own)
 ) -> list[Run]:
     "The same run for several seeds and tasks."
-    return [replace(run, seed=s, task_name=t) for t in tasks or [run.task_name] for s in range(seeds)]
+    return [
+        replace(run, seed=s, task_name=t)
+        for t in tasks or [run.task_name]
+        for s in range(run.first_seed, run.first_seed + seeds)
+    ]
+
 
 def tables_of(
     run: Run,
@@ -97,8 +106,9 @@ def seeds_done(
     kinds,  # names of `TABLES`
     seeds: int = 0,
 ) -> int:
-    "How many seeds of the run's task there are, if the first `seeds` count in any case and the further ones as far as all their tables are there."
-    while all(f.exists() for f in tables_of(replace(run, seed=seeds), kinds)): seeds += 1
+    """How many seeds of the run's task there are, if the first `seeds` count in any case and the further ones as far as
+    all their tables are there."""
+    while all(f.exists() for f in tables_of(replace(run, seed=run.first_seed + seeds), kinds)): seeds += 1
     return seeds
 
 def shown(
@@ -107,13 +117,19 @@ def shown(
     seeds: int = 1,  # asked for
     tasks=(),  # asked for (default: the run's own)
 ) -> dict[str, int]:
-    "Task -> how many of its seeds a figure shows: those asked for, and whatever further seeds have been done before; a figure across tasks also shows the paper's other tasks that have been done before."
+    """Task -> how many of its seeds a figure shows: those asked for, and whatever further seeds have been done before;
+    a figure across tasks also shows the paper's other tasks that have been done before."""
     from rlheals.figures import ACROSS, NEEDS
     asked = list(tasks or [run.task_name])
     def count(t, n):
         try: return seeds_done(replace(run, task_name=t), NEEDS[figure], n)
         except ValueError: return n  # the run's changes are no settings of that task
-    found = {t: count(t, seeds if t in asked else 0) for t in [*TASKS, *(t for t in asked if t not in TASKS)] if t in asked or figure in ACROSS}
+
+    found = {
+        t: count(t, seeds if t in asked else 0)
+        for t in [*TASKS, *(t for t in asked if t not in TASKS)]
+        if t in asked or figure in ACROSS
+    }
     return {t: n for t, n in found.items() if n}
 
 def figure_runs(
@@ -149,7 +165,8 @@ def figures_dir(
     run: Run,
     figure: str = '',  # a figure across tasks is kept beside those of GeneralPoints
 ) -> Path:
-    "Where figures go: `figures/` beside the runs for the default run, `figures/smollm2/` for that of `smollm2`, inside the run's directory for any other; tasks have directories in it."
+    """Where figures go: `figures/` beside the runs for the default run, `figures/smollm2/` for that of `smollm2`,
+    inside the run's directory for any other; tasks have directories in it."""
     from rlheals.figures import ACROSS
     beside = dict(tiny='', smollm2='smollm2').get(run.dir.name)
     base = run.dir/'figures' if beside is None else Path(run.root).resolve().parent/'figures'/beside
@@ -157,13 +174,29 @@ def figures_dir(
 
 # %% ../nbs/19_chain.ipynb #27b19a4d
 def provenance(run: Run, inputs: list[Path], seeds: dict) -> dict:
-    "Where a result comes from: package version and commit, settings, tasks, seeds, library versions, hashes of the inputs."
+    """Where a result comes from: package version and commit, settings, tasks, seeds, library versions, hashes of the
+    inputs."""
     from importlib.metadata import version
-    commit = subprocess.run(['git', '-C', str(PAPER), 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout.strip()
-    libraries = {lib: version(lib) for lib in ('torch', 'transformers', 'trl', 'numpy', 'pandas', 'seaborn', 'matplotlib')}
-    return dict(rlheals=version('rlheals'), commit=commit or None, profile=run.profile, changes=list(run.changes), tasks=list(seeds), seeds={t: list(range(n)) for t, n in seeds.items()},
-                settings=run.config, python=sys.version.split()[0], libraries=libraries,
-                inputs={str(p.relative_to(run.dir)): digest(p) for p in inputs})
+
+    commit = subprocess.run(
+        ['git', '-C', str(PAPER), 'rev-parse', 'HEAD'], capture_output=True, text=True
+    ).stdout.strip()
+    libraries = {
+        lib: version(lib) for lib in ('torch', 'transformers', 'trl', 'numpy', 'pandas', 'seaborn', 'matplotlib')
+    }
+    return dict(
+        rlheals=version('rlheals'),
+        commit=commit or None,
+        profile=run.profile,
+        changes=list(run.changes),
+        tasks=list(seeds),
+        seeds={t: list(range(run.first_seed, run.first_seed + n)) for t, n in seeds.items()},
+        settings=run.config,
+        python=sys.version.split()[0],
+        libraries=libraries,
+        inputs={str(p.relative_to(run.dir)): digest(p) for p in inputs},
+    )
+
 
 def draw_figure(
     run: Run,
@@ -182,7 +215,8 @@ def draw_figure(
     return stem.with_suffix('.png'), data
 
 # %% ../nbs/19_chain.ipynb #6488e968
-def _progress_file(folder, job, run): return Path(folder)/f'{job}.{run.task_dir}.{run.seed}.json'  # a stage writes it, the command line reads it
+# a stage writes it, the command line reads it
+def _progress_file(folder, job, run): return Path(folder)/f'{job}.{run.task_dir}.{run.seed}.json'
 
 @contextmanager
 def progress(
@@ -195,7 +229,8 @@ def progress(
         from tqdm.auto import tqdm
         with tqdm(desc=job, unit='') as bar:
             def show(done, total):
-                if bar.total != total: bar.reset(total)  # in a notebook a bar that began without a total stays narrow otherwise
+                # in a notebook a bar that began without a total stays narrow otherwise
+                if bar.total != total: bar.reset(total)
                 bar.update(done - bar.n)
             yield show
         return
@@ -209,26 +244,98 @@ def progress(
     try: yield write
     finally: path.unlink(missing_ok=True)
 
+# %% ../nbs/19_chain.ipynb #85038d04
+def _writable(folder):  # can files be made there?
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder): return True
+    except OSError: return False
+
+def job_environment(
+    folder,  # where the jobs' kernel and, if need be, their caches are kept
+) -> dict[str, str]:
+    """The variables with which jobs run this interpreter and this package, whatever is in the working directory or
+    among Jupyter's kernels, and find caches that can be written."""
+    folder, before = Path(folder).resolve(), os.environ
+    kernel = folder/'.jupyter'/'kernels'/'python3'/'kernel.json'
+    argv = [sys.executable, '-P', '-m', 'ipykernel_launcher', '-f', '{connection_file}']
+    spec = json.dumps(dict(argv=argv, display_name='Python 3', language='python')) + '\n'
+    with suppress(OSError): spec = '' if kernel.read_text() == spec else spec
+    try:
+        kernel.parent.mkdir(parents=True, exist_ok=True)
+        if spec:
+            with complete(kernel) as tmp: tmp.write_text(spec)
+    except OSError as e:
+        raise ChainError(
+            f'cannot write in {folder} ({e.strerror}): give the right to write there, or another directory'
+        ) from e
+    joined = lambda first, name: os.pathsep.join(
+        [first, *(p for p in before.get(name, '').split(os.pathsep) if p not in ('', first))]
+    )
+    env = dict(PYTHONSAFEPATH='1', JUPYTER_PATH=joined(str(folder/'.jupyter'), 'JUPYTER_PATH'))
+    here = str(PAPER.parents[1])
+    if here not in (*site.getsitepackages(), site.getusersitepackages()): env['PYTHONPATH'] = joined(here, 'PYTHONPATH')
+    cache, own = Path(before.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')), folder/'.cache'
+    if _writable(cache) and _writable(os.path.expanduser('~')): return env
+    hub = before.get('HF_HOME') or (
+        str(cache / 'huggingface') if (cache / 'huggingface').exists() else str(own / 'huggingface')
+    )
+    places = dict(
+        XDG_CACHE_HOME='',
+        MPLCONFIGDIR='matplotlib',
+        IPYTHONDIR='ipython',
+        JUPYTER_RUNTIME_DIR='jupyter',
+        JUPYTER_CONFIG_DIR='jupyter',
+    )
+    return (
+        env
+        | {
+            k: before.get(k) if _writable(before.get(k) or '/dev/null/none') else str(own / v)
+            for k, v in places.items()
+        }
+        | dict(HF_HOME=hub)
+    )
+
+
+@contextmanager
+def isolated():
+    "Notebooks executed inside this run the interpreter and the package that are running (see `job_environment`)."
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.update(job_environment(folder))
+        try: yield
+        finally: os.environ.clear(); os.environ.update(before)
+
+
 # %% ../nbs/19_chain.ipynb #1861149f
 @dataclass(frozen=True)
 class Job:
     "One notebook to execute."
-    rule: str  # `base`, `sft`, `rl`, `grpo`, `evaluate`, `baselines`, `spectra`, `surgery`, `drift`, `condition`, `preserve`, `warning`, `explorer`, `figure`, `reading`, `claims`
+    # `base`, `sft`, `rl`, `grpo`, `evaluate`, `baselines`, `spectra`, `surgery`, `drift`, `condition`,
+    # `preserve`, `warning`, `explorer`, `figure`, `reading`, `claims`
+    rule: str
     name: str  # like `rl-000128`
     task: str
     seed: int
     outputs: tuple  # paths
 
-ASKS = dict(base='sft', sft='sft', rl='rl', grpo='rl', baselines='rl', condition='rl', preserve='rl')  # rule -> how the settings `cluster.*` of its jobs begin, if not with `other`
+# rule -> how the settings `cluster.*` of its jobs begin, if not with `other`
+ASKS = dict(base='sft', sft='sft', rl='rl', grpo='rl', baselines='rl', condition='rl', preserve='rl')
 
 def resources(
     run: Run,
     rule: str,  # like `rl`
 ) -> dict:  # MB, minutes; and nodes, GPUs, partition
-    "What a job asks a scheduler for, by the names that Snakemake's executors know. Jobs on this machine are not limited by it."
+    """What a job asks a scheduler for, by the names that Snakemake's executors know.
+
+    Jobs on this machine are not limited by it."""
     c, kind = run.config['cluster'], ASKS.get(rule, 'other')
-    return dict(mem_mb=math.ceil(1024 * c[f'{kind}_memory']), runtime=math.ceil(60 * c[f'{kind}_hours']), nodes=1) | \
-        (dict(gpu=n) if (n := c[f'{kind}_gpus']) else {}) | (dict(slurm_partition=c['partition']) if c['partition'] else {})
+    return (
+        dict(mem_mb=math.ceil(1024 * c[f'{kind}_memory']), runtime=math.ceil(60 * c[f'{kind}_hours']), nodes=1)
+        | (dict(gpu=n) if (n := c[f'{kind}_gpus']) else {})
+        | (dict(slurm_partition=c['partition']) if c['partition'] else {})
+    )
+
 
 def snakemake(
     run: Run,
@@ -243,26 +350,68 @@ def snakemake(
     if not (PAPER/'Snakefile').exists():
         raise ChainError(f'{PAPER} has no Snakefile: install from a clone of the repository, with `pip install -e .`')
     root = Path(run.root).resolve()
-    changes = [f"model.name={run.config['model']['name']}" if c.startswith('model.name=') else c for c in run.changes]  # a directory, from wherever the jobs run
-    return [sys.executable, '-m', 'snakemake', '--snakefile', str(PAPER/'Snakefile'), '--directory', str(root/run.dir.name),
-            '--retries', '1' if executor == 'local' else '3',  # a notebook's kernel can lose the race for a port to one that starts beside it; on a cluster time runs out, too
-            '--keep-incomplete',  # what a failed job has written is whole: a checkpoint from before training stopped is worth keeping
-            *(['--cores', str(jobs)] if executor == 'local' else _slurm(root/run.dir.name, jobs)), '--nolock', '--rerun-incomplete', '--rerun-triggers', 'mtime', 'params', 'input', '--keep-going',
-            *more, '--config', f'profile={run.profile}', f'changes={quote(";".join(changes), safe="/=,.;-_")}', f'seeds={seeds}', f'root={quote(str(root))}', f'tasks={",".join(tasks or [run.task_name])}',
-            *(['--'] + [os.path.relpath(t, root/run.dir.name) if os.path.isabs(t) else str(t) for t in targets] if targets else [])]
+    # a directory, from wherever the jobs run
+    changes = [f"model.name={run.config['model']['name']}" if c.startswith('model.name=') else c for c in run.changes]
+    return [
+        sys.executable,
+        '-P',
+        '-m',
+        'snakemake',
+        '--snakefile',
+        str(PAPER / 'Snakefile'),
+        '--directory',
+        str(root / run.dir.name),
+        # a notebook's kernel can lose the race for a port to one that starts beside it; on a cluster
+        # time runs out, too
+        '--retries',
+        '1' if executor == 'local' else '3',
+        # what a failed job has written is whole: a checkpoint from before training stopped is worth
+        # keeping
+        '--keep-incomplete',
+        *(['--cores', str(jobs)] if executor == 'local' else _slurm(root / run.dir.name, jobs)),
+        '--nolock',
+        '--rerun-incomplete',
+        '--rerun-triggers',
+        'mtime',
+        'params',
+        'input',
+        '--keep-going',
+        *more,
+        '--config',
+        f'profile={run.profile}',
+        f'changes={quote(";".join(changes), safe="/=,.;-_")}',
+        f'seeds={seeds}',
+        f'root={quote(str(root))}',
+        f'tasks={",".join(tasks or [run.task_name])}',
+        *(
+            ['--'] + [os.path.relpath(t, root / run.dir.name) if os.path.isabs(t) else str(t) for t in targets]
+            if targets
+            else []
+        ),
+    ]
+
 
 def _slurm(base, jobs):
-    accounts = subprocess.run(['sacct', '--noheader', '--allocations'], capture_output=True).returncode == 0 if shutil.which('sacct') else False
+    accounts = (
+        subprocess.run(['sacct', '--noheader', '--allocations'], capture_output=True).returncode == 0
+        if shutil.which('sacct')
+        else False
+    )
     return ['--executor', 'slurm', '--jobs', str(jobs), '--slurm-jobname-prefix', queue_name(base), '--slurm-requeue',
             '--latency-wait', '60',  # until a shared disk shows what another machine has written
-            *([] if accounts else ['--slurm-status-command', 'squeue'])]  # without a database of jobs, its client is there all the same
+            # without a database of jobs, its client is there all the same
+            *([] if accounts else ['--slurm-status-command', 'squeue'])]
 
 def plan(run: Run, seeds: int = 1, targets=(), tasks=()) -> list[Job]:
     "The jobs that are still to be done, in the order of the story."
-    (Path(run.root).resolve()/run.dir.name).mkdir(parents=True, exist_ok=True)
-    got = subprocess.run(snakemake(run, seeds, targets=targets, tasks=tasks, more=['--summary', '--quiet', 'all']), capture_output=True, text=True)
-    if got.returncode: raise ChainError('Snakemake cannot plan the run:\n' + (got.stderr + got.stdout)[-3000:])
     base, found = Path(run.root).resolve()/run.dir.name, {}
+    words = snakemake(run, seeds, targets=targets, tasks=tasks, more=['--summary'])
+    got = subprocess.run(words, capture_output=True, text=True, env=os.environ | job_environment(base))
+    if got.returncode:
+        said = (got.stderr + got.stdout).strip()[
+            -3000:
+        ] or f'it says nothing (exit status {got.returncode}); ask it with\n  {shlex.join(words)}'
+        raise ChainError(f'Snakemake cannot plan the run:\n{said}')
     lines = [line.split('\t') for line in got.stdout.splitlines() if '\t' in line]
     head = lines[0] if lines else []
     for line in lines[1:]:
@@ -272,25 +421,75 @@ def plan(run: Run, seeds: int = 1, targets=(), tasks=()) -> list[Job]:
         seed = int(m[1]) if (m := re.search(r'seed(\d+)', row['output_file'])) else 0
         rule, number = row['rule'].split('_')  # as the Snakefile names its rules: the stage, and the number of the task
         task = '' if number == 'all' else (tasks or [run.task_name])[int(number)]
-        name = {'base': 'base', 'sft': 'sft', 'spectra': 'spectra', 'drift': 'drift', 'figure': path.stem, 'reading': path.stem}.get(rule)
+        name = {
+            'base': 'base',
+            'sft': 'sft',
+            'spectra': 'spectra',
+            'drift': 'drift',
+            'figure': path.stem,
+            'reading': path.stem,
+        }.get(rule)
         name = name or (path.parent.name if is_weights(path) else path.stem.replace('advantages-', 'rl-'))
         found.setdefault((rule, name, task, seed), []).append(path)
-    order = ('base', 'sft', 'evaluate', 'rl', 'grpo', 'baselines', 'spectra', 'surgery', 'drift', 'condition', 'preserve', 'warning', 'explorer', 'figure', 'reading', 'claims')
-    return sorted((Job(*what, tuple(f)) for what, f in found.items()), key=lambda j: (order.index(j.rule), j.task, j.seed, len(j.name), j.name))
+    order = (
+        'base',
+        'sft',
+        'evaluate',
+        'rl',
+        'grpo',
+        'baselines',
+        'spectra',
+        'surgery',
+        'drift',
+        'condition',
+        'preserve',
+        'warning',
+        'explorer',
+        'figure',
+        'reading',
+        'claims',
+    )
+    return sorted(
+        (Job(*what, tuple(f)) for what, f in found.items()),
+        key=lambda j: (order.index(j.rule), j.task, j.seed, len(j.name), j.name),
+    )
 
 # %% ../nbs/19_chain.ipynb #588af274
 def seconds(job: Job, run: Run) -> float:
     "A rough time for a job, in seconds."
     here = replace(run, task_name=job.task) if job.task else run
-    return STARTS.get(job.rule, 6) + _seconds(job, here) * (1 if run.config['model']['name'] in ('tiny', 'anew') else _slower(job.rule, here))
+    return STARTS.get(job.rule, 6) + _seconds(job, here) * (
+        1 if run.config['model']['name'] in ('tiny', 'anew') else _slower(job.rule, here)
+    )
 
-STARTS = dict(base=15, sft=15, preserve=20, rl=9, grpo=12, evaluate=9, baselines=10, condition=8, surgery=10, spectra=8, drift=8, warning=10, explorer=15)  # rule -> seconds before the work, and to write what came of it
+
+# rule -> seconds before the work, and to write what came of it
+STARTS = dict(
+    base=15,
+    sft=15,
+    preserve=20,
+    rl=9,
+    grpo=12,
+    evaluate=9,
+    baselines=10,
+    condition=8,
+    surgery=10,
+    spectra=8,
+    drift=8,
+    warning=10,
+    explorer=15,
+)
+
 
 @lru_cache(maxsize=64)
 def _slower(rule, run):  # how many times as long a stage takes as with a model like `tiny`
     (device, gpus), job = this_device(), lambda name: _seconds(Job(rule, name, '', 0, ()), run)
-    like = dict(rl=lambda: job('') * len(run.config['rl']['starts']), grpo=lambda: job('') * len(run.config['grpo']['starts']),
-                evaluate=lambda: job('') * sum(map(len, (evaluation_parts(run, s) for s in ('sft', 'rl', 'grpo')))), surgery=lambda: sum(job(f'surgery-{s}') for s in ('rank', 'layers', 'impose')))
+    like = dict(
+        rl=lambda: job('') * len(run.config['rl']['starts']),
+        grpo=lambda: job('') * len(run.config['grpo']['starts']),
+        evaluate=lambda: job('') * sum(map(len, (evaluation_parts(run, s) for s in ('sft', 'rl', 'grpo')))),
+        surgery=lambda: sum(job(f'surgery-{s}') for s in ('rank', 'layers', 'impose')),
+    )
     try:
         if rule not in STAGES: return _slower('sft', run)
         return seconds_of(run, rule, device, run.processes(rule), gpus > 0) / like.get(rule, lambda: job(rule))()
@@ -299,10 +498,15 @@ def _slower(rule, run):  # how many times as long a stage takes as with a model 
 def _seconds(job, here):  # the work itself, with a model like `tiny`
     c = here.config
     e, rl = c['eval'], c['rl']
-    evaluation = .0075 * e['episodes'] * c['task'].get('tries', 1) * (2 * c['task']['turns'] + 2 if 'turns' in c['task'] else 1)  # both splits
+    # both splits
+    evaluation = (
+        0.0075 * e['episodes'] * c['task'].get('tries', 1) * (2 * c['task']['turns'] + 2 if 'turns' in c['task'] else 1)
+    )
     if job.rule == 'base': return c['base']['steps'] * .09
-    if job.rule == 'sft': return c['sft']['max_steps'] * c['sft']['batch_size'] * .0017 + .6 * len(c['sft']['checkpoints'])
-    if job.rule == 'preserve': return c['sft']['max_steps'] * c['sft']['batch_size'] * .002 + evaluation * len(c['preserve']['checkpoints'])
+    if job.rule == 'sft':
+        return c['sft']['max_steps'] * c['sft']['batch_size'] * 0.0017 + 0.6 * len(c['sft']['checkpoints'])
+    if job.rule == 'preserve':
+        return c['sft']['max_steps'] * c['sft']['batch_size'] * 0.002 + evaluation * len(c['preserve']['checkpoints'])
     if job.rule == 'rl': return rl['updates'] * rl['envs'] * rl['turns'] * (.0055 + .003 * rl['epochs'])
     if job.rule == 'grpo': return c['grpo']['updates'] * c['grpo']['responses'] * (.008 + .004 * c['grpo']['epochs'])
     if job.rule == 'evaluate': return e['per_job'] * evaluation
@@ -316,13 +520,16 @@ def _seconds(job, here):  # the work itself, with a model like `tiny`
         inside, sft = condition_run(here, name)
         ends = len(c['conditions']['starts']) - len(made_already(here, name))
         each = _seconds(replace(job, rule=CONDITIONS[name].stage), replace(inside, half=-1)) + evaluation
-        return ends * each + (_seconds(replace(job, rule='sft'), sft) + len(c['sft']['checkpoints']) * evaluation if sft else 0)
+        return ends * each + (
+            _seconds(replace(job, rule='sft'), sft) + len(c['sft']['checkpoints']) * evaluation if sft else 0
+        )
     if job.rule == 'surgery':
         return len(surgery_plan(job.name.removeprefix('surgery-'), c['surgery'], c['surgery']['blocks'])) * evaluation
     return dict(spectra=4, drift=4, warning=10, explorer=45).get(job.rule, 0)
 
 def makespan(jobs: list[Job], run: Run, cores: int) -> float:
-    "A rough time for several jobs on some cores: pretraining and SFT are alone, the others run side by side, as far as their threads leave cores for others."
+    """A rough time for several jobs on some cores: pretraining and SFT are alone, the others run side by side, as far
+    as their threads leave cores for others."""
     first = sum(seconds(j, run) for j in jobs if j.rule in ('base', 'sft'))
     sections = dict(evaluate='eval', condition='conditions')
     threads = lambda j: run.config.get(sections.get(j.rule, j.rule), {}).get('threads', 1)
@@ -339,13 +546,27 @@ def _failures(run, base, since):  # what the logs of failed jobs end with
         text = log.read_text(errors='replace')
         if log.stat().st_mtime >= since and 'Traceback' in text:
             error = [line for line in text.splitlines() if re.match(r'[\w.]*(Error|Exception|Interrupt)\b', line)]
-            out.append(f'{log.stem} failed: {(error or text.splitlines())[-1]}\n  its log: {log}\n  its notebook: {log.parent.parent}/notebooks/{log.stem}.ipynb')
+            out.append(
+                f'{log.stem} failed: {(error or text.splitlines())[-1]}\n  its log: {log}\n  its notebook: '
+                f'{log.parent.parent}/notebooks/{log.stem}.ipynb'
+            )
     return out
 
 def _ended(log):  # jobs that SLURM has ended, and what would give them more
-    found = dict.fromkeys(re.findall(r"Error in rule ([a-z]+)_\w+:\n\s+message: SLURM-job '\d+' failed, SLURM status is: '(TIMEOUT|OUT_OF_MEMORY)'", log))
+    found = dict.fromkeys(
+        re.findall(
+            r"Error in rule ([a-z]+)_\w+:\n\s+message: SLURM-job '\d+' failed, SLURM status is: "
+            r"'(TIMEOUT|OUT_OF_MEMORY)'",
+            log,
+        )
+    )
     more = dict(TIMEOUT=('time', 'hours'), OUT_OF_MEMORY=('memory', 'memory'))
-    return [f"a job of {rule} ran out of {more[why][0]}: raise cluster.{ASKS.get(rule, 'other')}_{more[why][1]} with --set; the run goes on from what is finished" for rule, why in found]
+    return [
+        f"a job of {rule} ran out of {more[why][0]}: raise cluster.{ASKS.get(rule, 'other')}_{more[why][1]} with "
+        "--set; the run goes on from what is finished"
+        for rule, why in found
+    ]
+
 
 def command(
     run: Run,
@@ -354,7 +575,18 @@ def command(
     *more: str,  # further flags
 ) -> str:
     "The command line that makes a run, for people to paste."
-    words = ['rlheals', 'reproduce', *more, '--profile', run.profile, *(x for c in run.changes for x in ('--set', c)), '--task', ','.join(tasks), '--seeds', str(seeds)]
+    words = [
+        'rlheals',
+        'reproduce',
+        *more,
+        '--profile',
+        run.profile,
+        *(x for c in run.changes for x in ('--set', c)),
+        '--task',
+        ','.join(tasks),
+        '--seeds',
+        str(seeds),
+    ]
     return shlex.join(words + (['--runs', str(run.root)] if Path(run.root) != Path('runs') else []))
 
 def execute(
@@ -369,24 +601,42 @@ def execute(
     executor: str = 'local',  # where jobs run: `local`, on this machine, or `slurm`
     store: str = '',  # URL of a place where finished files are kept, too; what is missing here is fetched from it
 ) -> int:
-    "Do what is still to be done, with progress; the number of jobs done. `ChainError` says which stage failed and why, or why nothing can be started: the directory is in use or cannot be written to, or a finished file is damaged."
+    """Do what is still to be done, with progress; the number of jobs done.
+
+    `ChainError` says which stage failed and why, or why nothing can be started: the directory is in use or cannot be
+    written to, or a finished file is damaged."""
     check_executor(executor, run.config['cluster']['partition'])
     jobs, here = jobs or (os.cpu_count() if executor == 'local' else 100), replace(run, root=Path(run.root).resolve())
     with hold(here.dir, say), terminable():
         if store and (got := fetch(here.dir, store)): say(f'{len(got)} files fetched from {store}')
-        found = find_damaged([r.path() for r in variants(here, seeds, tasks)] + [here.dir/'bases'], {figures_dir(r, f) for r in variants(here, 1, tasks) for f in ('F1', 'F5')})
+        found = find_damaged(
+            [r.path() for r in variants(here, seeds, tasks)] + [here.dir / 'bases'],
+            {figures_dir(r, f) for r in variants(here, 1, tasks) for f in ('F1', 'F5')},
+        )
         if found and not repair:
-            raise ChainError('finished files are damaged, they are not what was written there (SHA-256):\n  ' + '\n  '.join(map(str, found))
-                             + f"\nMake them again, and what was made from them, with\n  {command(run, tasks or [run.task_name], seeds, '--repair', *(['--executor', executor] if executor != 'local' else []))}")
+            again = ['--repair', *(['--executor', executor] if executor != 'local' else [])]
+            raise ChainError(
+                'finished files are damaged, they are not what was written there (SHA-256):\n  '
+                + '\n  '.join(map(str, found))
+                + "\nMake them again, and what was made from them, with\n  "
+                f"{command(run, tasks or [run.task_name], seeds, *again)}"
+            )
         if found: say(f"damaged, and made again: {', '.join(map(str, found))}"); discard(found)
         _check_start(here, seeds, jobs, tasks, executor == 'local')
         todo, start = plan(run, seeds, targets, tasks), time.time()
         if not todo: say(f'{here.dir}: everything is there, nothing to do')
         try:
-            with _keeping(here, store) as keep: return _work(here, seeds, jobs, targets, tasks, todo, start, say, live, executor, keep) if todo else 0
-        except OSError as e: raise ChainError(f'cannot write in {here.dir} ({e.strerror}): make room or give the right to write there; the same command goes on') from e
+            with _keeping(here, store) as keep:
+                return _work(here, seeds, jobs, targets, tasks, todo, start, say, live, executor, keep) if todo else 0
+        except OSError as e:
+            raise ChainError(
+                f'cannot write in {here.dir} ({e.strerror}): make room or give the right to write there; the same '
+                'command goes on'
+            ) from e
 
-def _check_start(run, seeds, jobs, tasks, here):  # before any work: is there a model, does it fit (if it is trained here), is there room for its checkpoints?
+
+# before any work: is there a model, does it fit (if it is trained here), is there room for its checkpoints?
+def _check_start(run, seeds, jobs, tasks, here):
     if here and run.config['model']['device'] not in ('auto', 'cpu'): pick_device(run.config['model']['device'])
     if here: check_engine(run.config)
     todo = {r: [f for f in sft_files(r) if not f.exists()] for r in variants(run, seeds, tasks)}
@@ -395,21 +645,40 @@ def _check_start(run, seeds, jobs, tasks, here):  # before any work: is there a 
     if name != 'anew': check_model(name, run.config['model']['dtype'])
     if (count := stored(run.base)) is not None:  # else its weights are not here yet
         if here: check_memory(run, count, jobs)
-        if here and name != 'tiny' and pick_device(run.config['model']['device']) == 'cpu':  # where memory that runs out ends a process, not a batch
-            with suppress(UnknownShape): check_footprint(run, Device(memory(), 1, 1), max(run.config[s]['processes'] for s in ('sft', 'rl')))
-        missing = [f for r in todo for f in todo[r] + [p for s in r.config['rl']['starts'] for p in rl_files(r, s)] if is_weights(f) and not f.exists()]
-        need_room(run.dir, len(missing) * count * DTYPES[run.config['model']['dtype']], f'the {len(missing)} checkpoints of this run')
+        # where memory that runs out ends a process, not a batch
+        if here and name != 'tiny' and pick_device(run.config['model']['device']) == 'cpu':
+            with suppress(UnknownShape):
+                check_footprint(run, Device(memory(), 1, 1), max(run.config[s]['processes'] for s in ('sft', 'rl')))
+        missing = [
+            f
+            for r in todo
+            for f in todo[r] + [p for s in r.config['rl']['starts'] for p in rl_files(r, s)]
+            if is_weights(f) and not f.exists()
+        ]
+        need_room(
+            run.dir,
+            len(missing) * count * DTYPES[run.config['model']['dtype']],
+            f'the {len(missing)} checkpoints of this run',
+        )
+
 
 @contextmanager
-def _keeping(run, store):  # yields what is to be called with each job that is done: it puts what it made into the store, beside the work
+# yields what is to be called with each job that is done: it puts what it made into the store, beside the work
+def _keeping(run, store):
     if not store: yield lambda job: None; return
     inside = lambda o: os.path.relpath(o.parent if is_weights(o) else o, run.dir)
     with ThreadPoolExecutor(1) as pool:
         try: yield lambda job: pool.submit(put, run.dir, store, [inside(o) for o in job.outputs])
         finally:
             if not isinstance(sys.exception(), (KeyboardInterrupt, SystemExit)):
-                try: put(run.dir, store)  # the rest, and what went wrong before
-                except Exception as e: raise ChainError(f'what is finished is in {run.dir}, but cannot be put into the store {store} [{e}]: the same command tries it again') from e
+                try:
+                    put(run.dir, store)  # the rest, and what went wrong before
+                except Exception as e:
+                    raise ChainError(
+                        f'what is finished is in {run.dir}, but cannot be put into the store {store} [{e}]: the same '
+                        'command tries it again'
+                    ) from e
+
 
 def _work(run, seeds, jobs, targets, tasks, todo, start, say, live, executor, keep):  # how many jobs were done
     base, folder = run.dir, run.dir/'.progress'
@@ -418,23 +687,43 @@ def _work(run, seeds, jobs, targets, tasks, todo, start, say, live, executor, ke
     log, cost = base/'snakemake.log', {j: seconds(j, run) for j in todo}
     if executor == 'slurm': (base/'.queue').touch()
     with log.open('w') as out:
-        process = subprocess.Popen(snakemake(run, seeds, jobs, targets, tasks, executor=executor), stdout=out, stderr=subprocess.STDOUT, env=os.environ | {'RLHEALS_PROGRESS': str(folder), MARK: str(base)})
+        process = subprocess.Popen(
+            snakemake(run, seeds, jobs, targets, tasks, executor=executor),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=os.environ | job_environment(base) | {'RLHEALS_PROGRESS': str(folder), MARK: str(base)},
+        )
         try: done = _watch(run, process, todo, cost, jobs, folder, start, say, live, keep)
         finally:
             end_workers(base); cancel_jobs(base)  # none, unless this was interrupted
             drop_shards(run)
-    if process.returncode: raise ChainError('\n'.join(_no_writing(todo) + _ended(log.read_text()) + _failures(run, base, start)) or f'Snakemake stopped: see {log}\n{log.read_text()[-1500:]}')
+    if process.returncode:
+        raise ChainError(
+            '\n'.join(_no_writing(todo) + _ended(log.read_text()) + _failures(run, base, start))
+            or f'Snakemake stopped: see {log}\n{log.read_text()[-1500:]}'
+        )
     return len(done)
 
 def _no_writing(todo):  # where jobs would have written and could not, whatever it is that stopped first
     there = {next(p for p in o.parents if p.is_dir()) for j in todo for o in j.outputs}
     closed = {d for d in there if not os.access(d, os.W_OK)}
-    return [f'cannot write in {d} (Read-only file system, or no right to): change that, and the same command goes on' for d in sorted(closed) if d.parent not in closed] + \
-        [f'the disk of {d} is full (No space left on device): make room, and the same command goes on' for d in sorted(there)[:1] if shutil.disk_usage(d).free < 1e6]
+    return [
+        f'cannot write in {d} (Read-only file system, or no right to): change that, and the same command goes on'
+        for d in sorted(closed)
+        if d.parent not in closed
+    ] + [
+        f'the disk of {d} is full (No space left on device): make room, and the same command goes on'
+        for d in sorted(there)[:1]
+        if shutil.disk_usage(d).free < 1e6
+    ]
+
 
 def _watch(run, process, todo, cost, jobs, folder, start, say, live, keep):
     from rich.progress import BarColumn, Progress, TextColumn
-    bars = Progress(TextColumn('{task.description:32}'), BarColumn(), TextColumn('{task.fields[text]}'), disable=not live)
+
+    bars = Progress(
+        TextColumn('{task.description:32}'), BarColumn(), TextColumn('{task.fields[text]}'), disable=not live
+    )
     total, done, rows, stop = sum(cost.values()), {}, {}, False
     main = bars.add_task('all', total=total, text='')
     with bars:
@@ -449,17 +738,30 @@ def _watch(run, process, todo, cost, jobs, folder, start, say, live, keep):
                 drop_shards(run)
                 if j in rows: bars.remove_task(rows.pop(j))
                 left = _left(cost, done, 0., now - start, jobs)
-                if not live: say(f'[{len(done):3}/{len(todo)}] {_label(j):32} {clock(now - start)} gone, about {clock(left)} left')
+                if not live:
+                    say(
+                        f'[{len(done):3}/{len(todo)}] {_label(j):32} {clock(now - start)} gone, about {clock(left)} '
+                        'left'
+                    )
             for j in todo:
                 if j in done: continue
-                try: state = json.loads(_progress_file(folder, j.name, replace(run, task_name=j.task or HOME, seed=j.seed)).read_text())
-                except (OSError, ValueError): continue
+                try:
+                    state = json.loads(
+                        _progress_file(folder, j.name, replace(run, task_name=j.task or HOME, seed=j.seed)).read_text()
+                    )
+                except (OSError, ValueError):
+                    continue
                 share = state['done'] / max(state['total'], 1)
                 part += share * cost[j]
                 if j not in rows: rows[j] = bars.add_task(_label(j), total=1., text='')
                 bars.update(rows[j], completed=share, text=f"{state['done']} of {state['total']}")
             gone = sum(cost[j] for j in done) + part
-            bars.update(main, completed=gone, text=f'{len(done)} of {len(todo)} jobs, {clock(now - start)} gone, about {clock(_left(cost, done, part, now - start, jobs))} left')
+            bars.update(
+                main,
+                completed=gone,
+                text=f'{len(done)} of {len(todo)} jobs, {clock(now - start)} gone, about '
+                     f'{clock(_left(cost, done, part, now - start, jobs))} left',
+            )
     return done
 
 def _label(j):  # like `rl-000128`, with the task and the seed where they are not the usual ones

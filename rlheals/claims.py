@@ -17,7 +17,8 @@ def best_before(
     means,  # (..., S, C): per seed, the value of each choice
     allowed=None,  # (..., S, C): which choices each seed has (default: all)
 ):  # (..., S): index of the choice
-    "For each seed the choice that is best on average over the seeds *before* it (the first of equals); for the first, which is not judged, its own."
+    """For each seed the choice that is best on average over the seeds *before* it (the first of equals); for the first,
+    which is not judged, its own."""
     before = means.cumsum(-2)
     before = np.concatenate([before[..., :1, :], before[..., :-1, :] / np.arange(1, means.shape[-2])[:, None]], -2)
     return (before if allowed is None else np.where(allowed, before, -np.inf)).argmax(-1)
@@ -31,7 +32,8 @@ def pick(
 
 def contrast(
     d,  # (..., n): a difference per episode
-    least: float = 1.,  # a sum of squares beside the observed one, so that few episodes without a change do not count as certainty
+    # a sum of squares beside the observed one, so that few episodes without a change do not count as certainty
+    least: float = 1.,
 ):
     "Mean over the episodes, and the square of its standard error (episodes alone)."
     d = np.asarray(d, np.float32)
@@ -43,7 +45,8 @@ def spread(
     x,  # (..., S): a number per seed
     w,  # (..., S): the square of its standard error from its episodes
 ):
-    "(mean over seeds, its standard error, degrees of freedom): the larger of what seeds and what episodes say (Satterthwaite 1946)."
+    """(mean over seeds, its standard error, degrees of freedom): the larger of what seeds and what episodes say
+    (Satterthwaite 1946)."""
     S, w = x.shape[-1], np.maximum(np.mean(w, -1), 1e-16)
     s2 = np.maximum(x.var(-1, ddof=1), 1e-16)
     V = np.maximum(s2, w)
@@ -66,7 +69,8 @@ def grid(
     axes,  # its columns, in the order of the array's axes
     what: str = 'table',  # its name, for the message
 ):
-    "An array with one axis per column (its values in ascending order) of the column `value`; `ValueError` where a combination is missing or twice there."
+    """An array with one axis per column (its values in ascending order) of the column `value`; `ValueError` where a
+    combination is missing or twice there."""
     import pandas as pd
     codes, labels = zip(*(pd.factorize(df[a], sort=True) for a in axes))
     out, at = np.full([len(l) for l in labels], np.nan), tuple(codes)
@@ -76,7 +80,10 @@ def grid(
     if (seen != 1).any():
         hole = tuple(np.argwhere(seen != 1)[0])
         where = ', '.join(f'{a} {l[i]}' for a, l, i in zip(axes, labels, hole))
-        raise ValueError(f'{what!r} has {seen[hole]} rows for {where}, where there must be one: delete the tables of this seed and make them again')
+        raise ValueError(
+            f'{what!r} has {seen[hole]} rows for {where}, where there must be one: delete the tables of this seed and '
+            'make them again'
+        )
     return out
 
 # %% ../nbs/18b_claims.ipynb #77d6d041
@@ -86,47 +93,80 @@ NEEDS = ('evaluation', 'losses', 'advantages', 'spectra', 'angles', 'rotation', 
 def arrays(
     tables: dict,  # name -> DataFrame, those of `NEEDS`, of one task and all seeds
 ) -> dict:
-    "What the claims are judged by: name -> array (seeds first), and the lists `seeds`, `steps` (SFT checkpoints), `starts` (of RL)."
-    if missing := [t for t in NEEDS if t not in tables]: raise ValueError(f"the claims need the table {missing[0]!r}, which is missing")
+    """What the claims are judged by: name -> array (seeds first), and the lists `seeds`, `steps` (SFT checkpoints),
+    `starts` (of RL)."""
+    if missing := [t for t in NEEDS if t not in tables]:
+        raise ValueError(f"the claims need the table {missing[0]!r}, which is missing")
     per_episode = ['seed', 'checkpoint', 'episode']
     def episodes(metric, split, stage='sft'):
-        return grid(rows(tables['evaluation'], 'evaluation', metric=metric, split=split, stage=stage), per_episode, 'evaluation').astype(np.float32)
-    out = dict(ood=episodes('success', 'ood'), id=episodes('success', 'id'), form=episodes('format_error', 'ood'), loss=episodes('answer_loss', 'id'), rl=episodes('success', 'ood', 'rl'),
-               train=grid(rows(tables['losses'], 'losses', split='train', metric='loss'), ['seed', 'checkpoint'], 'losses'))
+        return grid(
+            rows(tables['evaluation'], 'evaluation', metric=metric, split=split, stage=stage), per_episode, 'evaluation'
+        ).astype(np.float32)
+
+    out = dict(
+        ood=episodes('success', 'ood'),
+        id=episodes('success', 'id'),
+        form=episodes('format_error', 'ood'),
+        loss=episodes('answer_loss', 'id'),
+        rl=episodes('success', 'ood', 'rl'),
+        train=grid(rows(tables['losses'], 'losses', split='train', metric='loss'), ['seed', 'checkpoint'], 'losses'),
+    )
     e, matrix = tables['evaluation'], ['seed', 'layer', 'kind']
     out['steps'], out['starts'] = (np.unique(e[e.stage == s]['checkpoint']) for s in ('sft', 'rl'))
     out['seeds'] = np.unique(e['seed'])
     update = rows(tables['advantages'], 'advantages', stage='rl').groupby(['seed', 'checkpoint', 'update'])['advantage']
-    out['skew'] = grid(update.skew().fillna(0).rename('value').reset_index(), ['seed', 'checkpoint', 'update'], 'advantages')
+    out['skew'] = grid(
+        update.skew().fillna(0).rename('value').reset_index(), ['seed', 'checkpoint', 'update'], 'advantages'
+    )
     value = tables['spectra'].groupby(['checkpoint', *matrix, 'index'])['value'].mean().unstack('checkpoint')
     angle = tables['angles'][tables['angles'].k == tables['angles'].groupby('kind')['k'].transform('min')]
     turn = (2 * np.sin(np.deg2rad(angle['value']) / 2)).groupby([angle['pair'], *(angle[m] for m in matrix)]).mean()
-    flat = lambda s: grid(s.rename('value').reset_index(), matrix, 'spectra').reshape(len(out['seeds']), -1)  # (seeds, matrices)
+    # (seeds, matrices)
+    flat = lambda s: grid(s.rename('value').reset_index(), matrix, 'spectra').reshape(len(out['seeds']), -1)
     for stage, after, before in (('sft', 'end', 'base'), ('rl', 'rl_end', 'end')):
-        out[f'values_{stage}'] = flat((value[after] - value[before]).abs().groupby(matrix).sum() / value[before].groupby(matrix).sum())
+        out[f'values_{stage}'] = flat(
+            (value[after] - value[before]).abs().groupby(matrix).sum() / value[before].groupby(matrix).sum()
+        )
         out[f'turned_{stage}'] = flat(turn[f'{stage.upper()}: {after} vs {before}'])
-    turned = rows(tables['rotation'], 'rotation', origin='max_ood').groupby(['seed', 'checkpoint'])['value'].mean().reset_index()
+    turned = (
+        rows(tables['rotation'], 'rotation', origin='max_ood')
+        .groupby(['seed', 'checkpoint'])['value']
+        .mean()
+        .reset_index()
+    )
     out['rotation'] = grid(turned, ['seed', 'checkpoint'], 'rotation')
-    return out | _surgery(rows(tables['surgery'], 'surgery', metric='success', split='ood'), rows(tables['imposed'], 'imposed', metric='success', split='ood'))
+    return out | _surgery(
+        rows(tables['surgery'], 'surgery', metric='success', split='ood'),
+        rows(tables['imposed'], 'imposed', metric='success', split='ood'),
+    )
+
 
 def _surgery(surgery, imposed):  # the arrays of C7 and C8
-    def edited(df, edit, *axes, **where): return grid(rows(df, 'surgery', edit=edit, **where), ['seed', *axes, 'episode'], 'surgery').astype(np.float32)
+    def edited(df, edit, *axes, **where):
+        return grid(rows(df, 'surgery', edit=edit, **where), ['seed', *axes, 'episode'], 'surgery').astype(np.float32)
+
     rank, blocks = rows(surgery, 'surgery', sweep='rank'), rows(surgery, 'surgery', sweep='layers', edit='directions')
     out = dict(target=edited(rank, 'none'), donor=edited(rank, 'donor'), undone=edited(rank, 'directions', share=1.),
                rl_end=edited(imposed, 'none'), rl_imposed=edited(imposed, 'directions', share=1.))
     low = rank[rank.share.between(0, PART, inclusive='right')]
     there = set(low.edit)
     out['low'] = edited(low, 'directions', 'share')
-    for name, edit in dict(values='values', random='random', straight='matched' if 'matched' in there else 'interpolation').items():
+    for name, edit in dict(
+        values='values', random='random', straight='matched' if 'matched' in there else 'interpolation'
+    ).items():
         if edit in there: out[f'low_{name}'] = edited(low, edit, 'share')
-    width = {b: int(last or first) - int(first) + 1 for b in blocks.layers.unique() for first, _, last in [b.partition('-')]}
+    width = {
+        b: int(last or first) - int(first) + 1 for b in blocks.layers.unique() for first, _, last in [b.partition('-')]
+    }
     parts = blocks[blocks.layers.map(width) <= PART * max(width.values())]
     out['part'] = np.concatenate([out['low'], edited(parts, 'directions', 'layers')], 1) if len(parts) else out['low']
     return out
 
 # %% ../nbs/18b_claims.ipynb #ced10d92
-Part = namedtuple('Part', 'name side sure estimate refuted unit', defaults=(None, None, None, 'points'))  # side '>': the claim says more than; `None`: no such line; unit: of `UNITS`
-Claim = namedtuple('Claim', 'says numbers needs parts')  # what it says; arrays -> [(x, w), ...]; an entry of `CONDITIONS` or nothing; its parts
+# side '>': the claim says more than; `None`: no such line; unit: of `UNITS`
+Part = namedtuple('Part', 'name side sure estimate refuted unit', defaults=(None, None, None, 'points'))
+# what it says; arrays -> [(x, w), ...]; an entry of `CONDITIONS` or nothing; its parts
+Claim = namedtuple('Claim', 'says numbers needs parts')
 
 def _gains(d):  # per start of RL: RL minus SFT, (..., S, R, n)
     return d['rl'] - d['ood'][..., np.searchsorted(d['steps'], d['starts']), :]
@@ -186,8 +226,13 @@ def c7(d):
     part = pick(d['part'], best_before(d['part'].mean(-1)))
     k = best_before(d['low'].mean(-1))
     low = pick(d['low'], k)
-    return [contrast(d['undone'] - d['target']), contrast(part - d['target']), contrast(part - (d['target'] + d['donor']) / 2),
-            *(contrast(low - pick(d[f'low_{control}'], k)) for control in ('values', 'random', 'straight'))]
+    return [
+        contrast(d['undone'] - d['target']),
+        contrast(part - d['target']),
+        contrast(part - (d['target'] + d['donor']) / 2),
+        *(contrast(low - pick(d[f'low_{control}'], k)) for control in ('values', 'random', 'straight')),
+    ]
+
 
 def c8(d): return [contrast(d['rl_end'] - d['rl_imposed'])]
 
@@ -202,41 +247,126 @@ def c10(d):
     fall = pick(d['ood'], best) - d['ood'][..., -1, :]
     return [contrast(d['form'][..., early, :]), contrast(fall - (d['form'][..., -1, :] - pick(d['form'], best)))]
 
-CONDITIONS = dict(  # what must be there for a claim to be about something: (number per seed, in words where it is not there)
+# what must be there for a claim to be about something: (number per seed, in words where it is not there)
+CONDITIONS = dict(
     forgetting=(_drop, 'it is not sure that SFT forgot anything on this task'),
-    raised=(lambda d: contrast(d['rl_end'] - d['ood'][..., np.searchsorted(d['steps'], d['starts'][-1]), :]), 'it is not sure that RL from the last checkpoint raised anything that could be taken away'),
+    raised=(
+        lambda d: contrast(d['rl_end'] - d['ood'][..., np.searchsorted(d['steps'], d['starts'][-1]), :]),
+        'it is not sure that RL from the last checkpoint raised anything that could be taken away',
+    ),
     window=(lambda d: c4(d)[0], 'it is not sure that RL raised OOD accuracy from any start within'),
 )
 POINTS = .05  # half of the paper's effects on GeneralPoints
 CLAIMS = dict(
-    C1=Claim('OOD accuracy peaks early in SFT and declines while ID accuracy goes on rising', c1, '', [
-        Part('OOD accuracy, best minus last', '>', 0, refuted=POINTS), Part('ID accuracy, last minus best', '>', 0, refuted=0)]),
-    C2=Claim('train and test loss do not reveal the best checkpoint', c2, 'forgetting', [
-        Part(f'{which} loss, rise from best to last', '<', np.log(1.1), refuted=np.log(1.1), unit='log rise') for which in ('train', 'test')]),
-    C3=Claim('RL does not exceed the SFT peak; it restores what later SFT lost', c3, 'forgetting', [
-        Part('OOD accuracy, best of RL minus best of SFT', '<', POINTS, refuted=0), Part('gain of RL from the best start after the peak', '>', 0, refuted=POINTS)]),
-    C4=Claim('restoration has a window', c4, 'forgetting', [
-        Part('gain of RL within', '>', 0, refuted=POINTS), *(Part(f'half of it minus the gain from the {which} start', '>', 0, refuted=0) for which in ('first', 'last'))]),
-    C5=Claim('singular values stay almost the same', c5, '', [
-        *(Part(f'change of the singular values by {s}', '<', np.log(.05), refuted=np.log(.05), unit='log share') for s in ('SFT', 'RL')),
-        *(Part(f'that of the directions by {s}, as a multiple', '>', np.log(4), refuted=np.log(4), unit='log') for s in ('SFT', 'RL'))]),
-    C6=Claim('OOD accuracy follows the rotation of the singular vectors', c6, 'forgetting', [
-        Part('rank correlation of OOD accuracy and rotation after the peak', '<', 0, -.3, -.3, '')]),
-    C7=Claim('undoing the rotations recovers OOD accuracy; a part is enough for most of it', c7, 'forgetting', [
-        Part('recovered by all directions', '>', 0, refuted=POINTS), Part('recovered by a part', '>', 0, refuted=POINTS), Part('that, minus half of what was lost', '>', None, 0, 0),
-        *(Part(f'low rank minus {control}', '>', 0, refuted=.02) for control in ('values only', 'random directions', 'a straight line'))]),
-    C8=Claim("imposing SFT's directions on the RL model makes it worse", c8, 'raised', [Part('OOD accuracy lost', '>', 0, refuted=POINTS)]),
-    C9=Claim('advantages are balanced inside the window and skewed outside', c9, 'window', [
-        *(Part(f'skewness from the {which} start minus within', '>', 0, refuted=.25, unit='') for which in ('first', 'last')), Part('skewness within', '<', None, .5, .5, '')]),
-    C10=Claim('format errors vanish within the first tens of steps and do not explain later changes', c10, 'forgetting', [
-        Part('format errors by step 100', '<', .1, refuted=.1), Part('fall of OOD accuracy beyond that of the format', '>', 0, refuted=POINTS)]),
+    C1=Claim(
+        'OOD accuracy peaks early in SFT and declines while ID accuracy goes on rising',
+        c1,
+        '',
+        [
+            Part('OOD accuracy, best minus last', '>', 0, refuted=POINTS),
+            Part('ID accuracy, last minus best', '>', 0, refuted=0),
+        ],
+    ),
+    C2=Claim(
+        'train and test loss do not reveal the best checkpoint',
+        c2,
+        'forgetting',
+        [
+            Part(f'{which} loss, rise from best to last', '<', np.log(1.1), refuted=np.log(1.1), unit='log rise')
+            for which in ('train', 'test')
+        ],
+    ),
+    C3=Claim(
+        'RL does not exceed the SFT peak; it restores what later SFT lost',
+        c3,
+        'forgetting',
+        [
+            Part('OOD accuracy, best of RL minus best of SFT', '<', POINTS, refuted=0),
+            Part('gain of RL from the best start after the peak', '>', 0, refuted=POINTS),
+        ],
+    ),
+    C4=Claim(
+        'restoration has a window',
+        c4,
+        'forgetting',
+        [
+            Part('gain of RL within', '>', 0, refuted=POINTS),
+            *(
+                Part(f'half of it minus the gain from the {which} start', '>', 0, refuted=0)
+                for which in ('first', 'last')
+            ),
+        ],
+    ),
+    C5=Claim(
+        'singular values stay almost the same',
+        c5,
+        '',
+        [
+            *(
+                Part(f'change of the singular values by {s}', '<', np.log(0.05), refuted=np.log(0.05), unit='log share')
+                for s in ('SFT', 'RL')
+            ),
+            *(
+                Part(f'that of the directions by {s}, as a multiple', '>', np.log(4), refuted=np.log(4), unit='log')
+                for s in ('SFT', 'RL')
+            ),
+        ],
+    ),
+    C6=Claim(
+        'OOD accuracy follows the rotation of the singular vectors',
+        c6,
+        'forgetting',
+        [Part('rank correlation of OOD accuracy and rotation after the peak', '<', 0, -0.3, -0.3, '')],
+    ),
+    C7=Claim(
+        'undoing the rotations recovers OOD accuracy; a part is enough for most of it',
+        c7,
+        'forgetting',
+        [
+            Part('recovered by all directions', '>', 0, refuted=POINTS),
+            Part('recovered by a part', '>', 0, refuted=POINTS),
+            Part('that, minus half of what was lost', '>', None, 0, 0),
+            *(
+                Part(f'low rank minus {control}', '>', 0, refuted=0.02)
+                for control in ('values only', 'random directions', 'a straight line')
+            ),
+        ],
+    ),
+    C8=Claim(
+        "imposing SFT's directions on the RL model makes it worse",
+        c8,
+        'raised',
+        [Part('OOD accuracy lost', '>', 0, refuted=POINTS)],
+    ),
+    C9=Claim(
+        'advantages are balanced inside the window and skewed outside',
+        c9,
+        'window',
+        [
+            *(
+                Part(f'skewness from the {which} start minus within', '>', 0, refuted=0.25, unit='')
+                for which in ('first', 'last')
+            ),
+            Part('skewness within', '<', None, 0.5, 0.5, ''),
+        ],
+    ),
+    C10=Claim(
+        'format errors vanish within the first tens of steps and do not explain later changes',
+        c10,
+        'forgetting',
+        [
+            Part('format errors by step 100', '<', 0.1, refuted=0.1),
+            Part('fall of OOD accuracy beyond that of the format', '>', 0, refuted=POINTS),
+        ],
+    ),
 )
 
 # %% ../nbs/18b_claims.ipynb #1712e648
 VERDICTS = ('not replicated', 'inconclusive', 'replicated')
 
 def judge_part(part: Part, x, w) -> dict:
-    "Mean over seeds, its 95 % interval, p-values for the claim and against it (1 where there is no such line or the estimate is on the wrong side)."
+    """Mean over seeds, its 95 % interval, p-values for the claim and against it (1 where there is no such line or the
+    estimate is on the wrong side)."""
     from scipy import stats
     mean, se, df = spread(x, w)
     reach, sign = stats.t.ppf(.975, df) * se, 1 if part.side == '>' else -1
@@ -250,16 +380,26 @@ def judge(
     claims=tuple(CLAIMS),  # names; the correction is for their number
     correct: bool = True,  # Holm's correction; without it each claim is judged as if it were the only one
 ) -> dict:
-    "Claim -> its `verdict` (-1, 0, 1: an index of `VERDICTS` less one), `parts` (of `judge_part`), p-values, and whether its condition is `met`."
+    """Claim -> its `verdict` (-1, 0, 1: an index of `VERDICTS` less one), `parts` (of `judge_part`), p-values, and
+    whether its condition is `met`."""
     out, met = {}, {}
     for name in claims:
         claim = CLAIMS[name]
         if claim.needs and claim.needs not in met:
-            met[claim.needs] = judge_part(Part('', '>', 0, refuted=0), *(v[..., 1:] for v in CONDITIONS[claim.needs][0](d)))['p_for'] < ALPHA
+            met[claim.needs] = (
+                judge_part(Part('', '>', 0, refuted=0), *(v[..., 1:] for v in CONDITIONS[claim.needs][0](d)))['p_for']
+                < ALPHA
+            )
         ok = met[claim.needs] if claim.needs else np.array(True)
-        parts = [judge_part(part, x[..., 1:], w[..., 1:]) for part, (x, w) in zip(claim.parts, claim.numbers(d))]  # the first seed only chose
+        # the first seed only chose
+        parts = [judge_part(part, x[..., 1:], w[..., 1:]) for part, (x, w) in zip(claim.parts, claim.numbers(d))]
         p_for, p_against = (np.stack([p[k] for p in parts]) for k in ('p_for', 'p_against'))
-        out[name] = dict(parts=parts, met=ok, p_for=np.where(ok, p_for.max(0), 1), p_against=np.where(ok, np.minimum(1, len(parts) * p_against.min(0)), 1))
+        out[name] = dict(
+            parts=parts,
+            met=ok,
+            p_for=np.where(ok, p_for.max(0), 1),
+            p_against=np.where(ok, np.minimum(1, len(parts) * p_against.min(0)), 1),
+        )
     for k in ('p_for', 'p_against'):
         p = np.stack([c[k] for c in out.values()], -1)
         if correct: p = holm(p)
@@ -268,7 +408,15 @@ def judge(
     return out
 
 # %% ../nbs/18b_claims.ipynb #6e1b69b8
-UNITS = {'points': lambda v: f'{100 * v:.1f}', 'log rise': lambda v: f'{100 * np.expm1(v):.1f}', 'log share': lambda v: f'{100 * np.exp(v):.2g}', 'log': lambda v: f'{np.exp(v):.1f}', '': lambda v: f'{v:.2f}'}  # as text
+# as text
+UNITS = {
+    'points': lambda v: f'{100 * v:.1f}',
+    'log rise': lambda v: f'{100 * np.expm1(v):.1f}',
+    'log share': lambda v: f'{100 * np.exp(v):.2g}',
+    'log': lambda v: f'{np.exp(v):.1f}',
+    '': lambda v: f'{v:.2f}',
+}
+
 
 def _in_words(part, p):
     mean, low, high = (UNITS[part.unit](p[k]) for k in ('mean', 'low', 'high'))
@@ -279,14 +427,26 @@ def _why(claim, got):  # what the verdict hangs on
     if got['verdict'] > 0: return ''
     if got['verdict'] < 0: return 'refuted: ' + claim.parts[int(np.argmin([p['p_against'] for p in got['parts']]))].name
     open_ = [part.name for part, p in zip(claim.parts, got['parts']) if p['p_for'] >= ALPHA]
-    return 'not sure: ' + '; '.join(open_) if open_ else 'sure alone, not after the correction for ten claims' if got['p_for'] >= ALPHA else 'there, and too small to count'
+    return (
+        'not sure: ' + '; '.join(open_)
+        if open_
+        else 'sure alone, not after the correction for ten claims'
+        if got['p_for'] >= ALPHA
+        else 'there, and too small to count'
+    )
+
 
 def ledger(
     tables: dict,  # name -> DataFrame, those of `NEEDS`, of one task and all seeds; the lowest only chooses
 ):  # (DataFrame: one row per claim; DataFrame: one row per part)
-    "The ten claims judged by the tables of one task: `claim`, `says`, `verdict`, `effect`, `why`, `seeds` (judged), `episodes`; and the numbers behind."
+    """The ten claims judged by the tables of one task: `claim`, `says`, `verdict`, `effect`, `why`, `seeds` (judged),
+    `episodes`; and the numbers behind."""
     seeds = tables['evaluation']['seed'].unique().tolist() if 'evaluation' in tables else []
-    if len(seeds) < 4: raise ValueError(f'a verdict needs at least 4 seeds, one that chooses and three that are judged, and there are {len(seeds)}: {seeds}')
+    if len(seeds) < 4:
+        raise ValueError(
+            'a verdict needs at least 4 seeds, one that chooses and three that are judged, and there are '
+            f'{len(seeds)}: {seeds}'
+        )
     return ledger_rows(arrays(tables))
 
 def ledger_rows(
@@ -294,12 +454,43 @@ def ledger_rows(
 ):
     "What `ledger` returns, from the arrays."
     import pandas as pd
-    if len(d['starts']) < 3: raise ValueError(f"a window needs RL from at least 3 checkpoints, and there are {d['starts'].tolist()}: set rl.starts")
+
+    if len(d['starts']) < 3:
+        raise ValueError(
+            f"a window needs RL from at least 3 checkpoints, and there are {d['starts'].tolist()}: set rl.starts"
+        )
     if missing := [k for k in ('values', 'random', 'straight') if f'low_{k}' not in d]:
-        raise ValueError(f"claim C7 needs the controls {', '.join(missing)}, which surgery.edits leaves out: add values, random, and interpolation or matched to it")
+        raise ValueError(
+            f"claim C7 needs the controls {', '.join(missing)}, which surgery.edits leaves out: add values, random, "
+            "and interpolation or matched to it"
+        )
     got, n = judge(d), dict(seeds=len(d['seeds']) - 1, episodes=d['ood'].shape[-1])
-    claims = pd.DataFrame([dict(claim=k, says=c.says, verdict=VERDICTS[int(got[k]['verdict']) + 1], effect='; '.join(map(_in_words, c.parts, got[k]['parts'])), why=_why(c, got[k]), **n)
-                           for k, c in CLAIMS.items()])
-    parts = pd.DataFrame([dict(claim=k, part=part.name, unit=part.unit, **{q: float(v) for q, v in p.items()}, claim_p_for=float(got[k]['p_for']), claim_p_against=float(got[k]['p_against']), **n)
-                          for k, c in CLAIMS.items() for part, p in zip(c.parts, got[k]['parts'])])
+    claims = pd.DataFrame(
+        [
+            dict(
+                claim=k,
+                says=c.says,
+                verdict=VERDICTS[int(got[k]['verdict']) + 1],
+                effect='; '.join(map(_in_words, c.parts, got[k]['parts'])),
+                why=_why(c, got[k]),
+                **n,
+            )
+            for k, c in CLAIMS.items()
+        ]
+    )
+    parts = pd.DataFrame(
+        [
+            dict(
+                claim=k,
+                part=part.name,
+                unit=part.unit,
+                **{q: float(v) for q, v in p.items()},
+                claim_p_for=float(got[k]['p_for']),
+                claim_p_against=float(got[k]['p_against']),
+                **n,
+            )
+            for k, c in CLAIMS.items()
+            for part, p in zip(c.parts, got[k]['parts'])
+        ]
+    )
     return claims, parts

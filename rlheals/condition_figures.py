@@ -8,12 +8,14 @@ __all__ = ['starts_and_ends', 'condition_changes', 's2', 'reading_of_conditions'
 # %% ../nbs/17c_condition_figures.ipynb #2e8763af
 import numpy as np
 from .conditions import CONDITIONS
-from .plots import BASELINES, MUTED, RL, SFT, SPLITS, curve, figure, percent_axis, reach, rows, steps_axis, top_legend, with_seeds
+from .plots import (BASELINES, MUTED, RL, SFT, SPLITS, curve, figure, percent_axis, reach, rows, steps_axis,
+                           top_legend, with_seeds)
 from .stats import differences
 
 # %% ../nbs/17c_condition_figures.ipynb #a6652275
 def starts_and_ends(tables):
-    "Success of every end and of the checkpoint it started from: two tables with the columns condition (for a baseline: its name), checkpoint, split, seed, episode, value."
+    """Success of every end and of the checkpoint it started from: two tables with the columns condition (for a
+    baseline: its name), checkpoint, split, seed, episode, value."""
     import pandas as pd
     keep = ['condition', 'checkpoint', 'split', 'seed', 'episode', 'value']
     c = rows(tables['conditions'], 'conditions', metric='success', split=('id', 'ood'))
@@ -24,21 +26,32 @@ def starts_and_ends(tables):
     return starts[keep], ends[keep]
 
 def condition_changes(tables):
-    "Per condition or baseline, start and split: mean change of accuracy, its interval, `excludes_0`; the same less the default's (`vs_default`...), with Holm's correction over all of a split (`vs_default_p`)."
+    """Per condition or baseline, start and split: mean change of accuracy, its interval, `excludes_0`; the same less
+    the default's (`vs_default`...), with Holm's correction over all of a split (`vs_default_p`)."""
     import pandas as pd
     from statsmodels.stats.multitest import multipletests
     starts, ends = starts_and_ends(tables)
     by, key = ['condition', 'checkpoint', 'split'], ['checkpoint', 'split', 'seed', 'episode']
     out = differences(ends, starts, by)
-    gain = ends.merge(starts, on=[*by, 'seed', 'episode'], suffixes=('', '_start')).assign(value=lambda d: d.value - d.value_start)
+    gain = ends.merge(starts, on=[*by, 'seed', 'episode'], suffixes=('', '_start')).assign(
+        value=lambda d: d.value - d.value_start
+    )
     default, others = gain[gain.condition == 'default'], gain[gain.condition != 'default']
     if len(default) and len(others):
         apart = differences(others, others[['condition', *key]].merge(default[[*key, 'value']], on=key), by)
         for _, d in apart.groupby('split'): apart.loc[d.index, 'p'] = multipletests(d.p, method='holm')[1]
-        out = out.merge(apart[[*by, 'mean', 'low', 'high', 'p']].rename(columns={k: f'vs_default_{k}' for k in ('mean', 'low', 'high', 'p')}), how='left', on=by)
+        out = out.merge(
+            apart[[*by, 'mean', 'low', 'high', 'p']].rename(
+                columns={k: f'vs_default_{k}' for k in ('mean', 'low', 'high', 'p')}
+            ),
+            how='left',
+            on=by,
+        )
     else: out['vs_default_p'] = np.nan
     single = gain.groupby([*by, 'seed'], as_index=False)['value'].mean().rename(columns=dict(value='mean'))
-    return pd.concat([out.assign(seed='all'), single] if gain.seed.nunique() > 1 else [out.assign(seed='all')], ignore_index=True)
+    return pd.concat(
+        [out.assign(seed='all'), single] if gain.seed.nunique() > 1 else [out.assign(seed='all')], ignore_index=True
+    )
 
 # %% ../nbs/17c_condition_figures.ipynb #ad4f14bd
 def _forest(ax, data, names, starts, colours, split):
@@ -47,14 +60,27 @@ def _forest(ax, data, names, starts, colours, split):
     for k, (start, colour) in enumerate(zip(starts, colours)):
         d = here[(here.checkpoint == start) & (here.seed == 'all')]
         y = np.array([names.index(c) for c in d.condition]) + (k - (len(starts) - 1) / 2) * step
-        for default in d[d.condition == 'default']['mean']: ax.axvline(100 * default, color=colour, lw=.8, ls=':', zorder=1)
+        for default in d[d.condition == 'default']['mean']:
+            ax.axvline(100 * default, color=colour, lw=0.8, ls=':', zorder=1)
         ax.errorbar(100 * d['mean'], y, xerr=reach(d, 100), fmt='none', ecolor=colour, elinewidth=1, zorder=3)
         full = d.excludes_0.eq(True).to_numpy()
-        for which, face in ((full, colour), (~full, 'white')): ax.plot(100 * d['mean'][which], y[which], 'o', ms=3.6, mec=colour, mew=1, mfc=face, zorder=4)
+        for which, face in ((full, colour), (~full, 'white')):
+            ax.plot(100 * d['mean'][which], y[which], 'o', ms=3.6, mec=colour, mew=1, mfc=face, zorder=4)
         sure = (d.vs_default_p < .05).to_numpy() & ~d.condition.isin(BASELINES).to_numpy()
-        for x, at in zip(100 * d.high[sure], y[sure]): ax.annotate('*', (x, at), (2, -3.5), textcoords='offset points', color=colour, fontsize=9, fontweight='bold')
+        for x, at in zip(100 * d.high[sure], y[sure]):
+            ax.annotate(
+                '*', (x, at), (2, -3.5), textcoords='offset points', color=colour, fontsize=9, fontweight='bold'
+            )
         single = here[(here.checkpoint == start) & (here.seed != 'all')]
-        ax.plot(100 * single['mean'], [names.index(c) + (k - (len(starts) - 1) / 2) * step for c in single.condition], '|', ms=3.5, color=colour, alpha=.5, zorder=2)
+        ax.plot(
+            100 * single['mean'],
+            [names.index(c) + (k - (len(starts) - 1) / 2) * step for c in single.condition],
+            '|',
+            ms=3.5,
+            color=colour,
+            alpha=0.5,
+            zorder=2,
+        )
     ax.axvline(0, color='#222222', lw=.7, zorder=1)
     ax.grid(False); ax.grid(True, axis='x'); ax.tick_params(axis='y', length=0)
     ax.set_xlabel(f'change of {SPLITS[split][0]} accuracy (points)')
@@ -63,12 +89,28 @@ def _sft_curves(tables):  # OOD accuracy along SFT: the run's own, and each othe
     import pandas as pd
     c, of = tables['conditions'], {}
     for name in c.condition.unique(): of.setdefault(CONDITIONS[name].sft, name)
-    parts = {'SFT as the run has it': tables['sft_evaluation']} | {'half of the hands' if sft == 'half' else CONDITIONS[n].says: c[c.condition == n] for sft, n in of.items() if sft}
-    return pd.concat([with_seeds(d[(d.stage == 'sft') & (d.split == 'ood') & (d.metric == 'success')], ['checkpoint']).assign(condition=k) for k, d in parts.items()], ignore_index=True)
+    parts = {'SFT as the run has it': tables['sft_evaluation']} | {
+        'half of the hands' if sft == 'half' else CONDITIONS[n].says: c[c.condition == n]
+        for sft, n in of.items()
+        if sft
+    }
+    return pd.concat(
+        [
+            with_seeds(d[(d.stage == 'sft') & (d.split == 'ood') & (d.metric == 'success')], ['checkpoint']).assign(
+                condition=k
+            )
+            for k, d in parts.items()
+        ],
+        ignore_index=True,
+    )
+
 
 @figure('conditions', 'baselines', 'sft_evaluation')
 def s2(tables):
-    "Change of accuracy from an SFT checkpoint by RL under each condition, and by as much training without RL (95 % intervals; ticks: seeds; full: excludes zero; dotted: the default; star: differs from the default after Holm's correction). Below: change of OOD accuracy against the share of right answers in RL's first update, and OOD accuracy along SFT where SFT was changed (stars: the best)."
+    """Change of accuracy from an SFT checkpoint by RL under each condition, and by as much training without RL (95 %
+    intervals; ticks: seeds; full: excludes zero; dotted: the default; star: differs from the default after Holm's
+    correction). Below: change of OOD accuracy against the share of right answers in RL's first update, and OOD accuracy
+    along SFT where SFT was changed (stars: the best)."""
     import matplotlib.pyplot as plt, pandas as pd
     from matplotlib.lines import Line2D
     data = condition_changes(tables)
@@ -86,15 +128,28 @@ def s2(tables):
         for ax in (left, right): ax.axhline(cut[0] - .5, color=MUTED, lw=.7)
     gain, curves = fig.add_subplot(grid[1, 0]), fig.add_subplot(grid[1, 1])
     t = tables['conditions']
-    first = rows(t, 'conditions', split='train', metric='first_success').groupby(['condition', 'checkpoint'])['value'].mean().rename('first_success').reset_index()
+    first = (
+        rows(t, 'conditions', split='train', metric='first_success')
+        .groupby(['condition', 'checkpoint'])['value']
+        .mean()
+        .rename('first_success')
+        .reset_index()
+    )
     data = data.merge(first, how='left', on=['condition', 'checkpoint'])
     for start, colour in zip(starts, colours):
         d = data[(data.split == 'ood') & (data.seed == 'all') & (data.checkpoint == start) & data.first_success.notna()]
-        gain.errorbar(100 * d.first_success, 100 * d['mean'], reach(d, 100), fmt='o', ms=3.2, color=colour, elinewidth=.6)
+        gain.errorbar(
+            100 * d.first_success, 100 * d['mean'], reach(d, 100), fmt='o', ms=3.2, color=colour, elinewidth=0.6
+        )
     gain.axhline(0, color='#222222', lw=.7, zorder=1)
     gain.set(xlabel='training answers right before RL (%)', ylabel='change of OOD (points)')
     along = _sft_curves(tables)
-    looks = dict(zip(along.condition.unique(), ((SFT, '-'), ('#0072B2', '--'), ('#882E72', (0, (4, 1, 1, 1))), ('#D55E00', ':'), (RL, (0, (1, 1))))))
+    looks = dict(
+        zip(
+            along.condition.unique(),
+            ((SFT, '-'), ('#0072B2', '--'), ('#882E72', (0, (4, 1, 1, 1))), ('#D55E00', ':'), (RL, (0, (1, 1)))),
+        )
+    )
     for name, (colour, ls) in looks.items():
         d = along[along.condition == name]
         curve(curves, d[d.seed == 'all'], 'checkpoint', colour, 100, ls=ls, lw=1.1, label=name)
@@ -102,34 +157,61 @@ def s2(tables):
         curves.plot(best.checkpoint, 100 * best['mean'], '*', ms=9, color=colour, mec='white', mew=.6, zorder=5)
     percent_axis(curves, 'OOD accuracy (%)'); steps_axis(curves, along.checkpoint, room=.13)
     curves.legend(fontsize=6, loc='upper left', handlelength=2.2)
-    top_legend(fig, [Line2D([], [], color=c, marker='o', ms=3.6, label=f'from SFT step {s}') for s, c in zip(starts, colours)])
+    top_legend(
+        fig, [Line2D([], [], color=c, marker='o', ms=3.6, label=f'from SFT step {s}') for s, c in zip(starts, colours)]
+    )
     return fig, pd.concat([data.assign(what='change'), along.assign(what='sft', split='ood')], ignore_index=True)
 
 # %% ../nbs/17c_condition_figures.ipynb #75e6495a
 def reading_of_conditions(
     data,  # the table of S2
 ) -> str:
-    "Under which conditions RL raises or lowers OOD accuracy, which differ from the default, and whether a baseline does the same, in Markdown."
+    """Under which conditions RL raises or lowers OOD accuracy, which differ from the default, and whether a baseline
+    does the same, in Markdown."""
     d = data[(data.what == 'change') & (data.seed == 'all') & (data.split == 'ood')]
     label = lambda n: CONDITIONS[n].says if n in CONDITIONS else BASELINES[n][0]
     number = lambda r, k='': f"{100 * r[k + 'mean']:+.1f} [{100 * r[k + 'low']:+.1f}, {100 * r[k + 'high']:+.1f}]"
-    def listed(part, k=''): return '; '.join(f"{label(r['condition'])} {number(r, k)}" for r in part.to_dict('records')) or 'none'
+
+    def listed(part, k=''):
+        return '; '.join(f"{label(r['condition'])} {number(r, k)}" for r in part.to_dict('records')) or 'none'
+
     seeds, lines = int(d.seeds.max()), []
-    lines.append(f"{int(d.n.max() // seeds)} episodes, {seeds} seed{'s' * (seeds > 1)}; changes of OOD accuracy in points, with 95 % intervals"
-                 + (', which with one seed are about its episodes only and say nothing of other seeds.' if seeds == 1 else '.'))
+    lines.append(
+        f"{int(d.n.max() // seeds)} episodes, {seeds} seed{'s' * (seeds > 1)}; changes of OOD accuracy in points, with "
+        "95 % intervals"
+        + (', which with one seed are about its episodes only and say nothing of other seeds.' if seeds == 1 else '.')
+    )
     for start, here in d.groupby('checkpoint'):
         rl, others = here[here.condition.isin(CONDITIONS)], here[here.condition.isin(BASELINES)]
         up, down = (rl[rl.excludes_0.eq(True) & (sign * rl['mean'] > 0)] for sign in (1, -1))
         apart = rl[rl.vs_default_p < .05]
         default = rl[rl.condition == 'default']
-        lines += [f'**From SFT step {start}** (default: {listed(default).removeprefix(label("default")).strip()}).',
-                  f'- RL raises OOD accuracy, beyond the noise, under {len(up)} of {len(rl)} conditions (not corrected for their number): {listed(up)}.',
-                  f'- It lowers it under {len(down)}: {listed(down)}.',
-                  f'- Different from the default (Holm, over all conditions, baselines and starts): {listed(apart, "vs_default_")}.',
-                  f'- Without RL: {listed(others)}.']
+        lines += [
+            f'**From SFT step {start}** (default: {listed(default).removeprefix(label("default")).strip()}).',
+            f'- RL raises OOD accuracy, beyond the noise, under {len(up)} of {len(rl)} conditions (not corrected for '
+            f'their number): {listed(up)}.',
+            f'- It lowers it under {len(down)}: {listed(down)}.',
+            '- Different from the default (Holm, over all conditions, baselines and starts): '
+            f'{listed(apart, "vs_default_")}.',
+            f'- Without RL: {listed(others)}.',
+        ]
         for r in others.to_dict('records'):
-            if len(default): lines.append(f"  - {label(r['condition'])} less RL under the default: {number(r, 'vs_default_')}" + (', a sure difference.' if r['vs_default_p'] < .05 else ', no sure difference.'))
+            if len(default):
+                lines.append(
+                    f"  - {label(r['condition'])} less RL under the default: {number(r, 'vs_default_')}"
+                    + (', a sure difference.' if r['vs_default_p'] < 0.05 else ', no sure difference.')
+                )
     sft = data[(data.what == 'sft') & (data.seed == 'all')]
-    best = [(n, x.sort_values(['mean', 'checkpoint'], ascending=[False, True]).iloc[0]) for n, x in sft.groupby('condition', sort=False)]
-    lines.append('**SFT** has its best OOD accuracy at: ' + '; '.join(f"{n}: step {int(b.checkpoint)}, {100 * b['mean']:.1f} % [{100 * b.low:.1f}, {100 * b.high:.1f}]" for n, b in best) + '.')
+    best = [
+        (n, x.sort_values(['mean', 'checkpoint'], ascending=[False, True]).iloc[0])
+        for n, x in sft.groupby('condition', sort=False)
+    ]
+    lines.append(
+        '**SFT** has its best OOD accuracy at: '
+        + '; '.join(
+            f"{n}: step {int(b.checkpoint)}, {100 * b['mean']:.1f} % [{100 * b.low:.1f}, {100 * b.high:.1f}]"
+            for n, b in best
+        )
+        + '.'
+    )
     return '\n\n'.join(lines).replace('\n\n- ', '\n- ').replace('\n\n  - ', '\n  - ')

@@ -36,8 +36,8 @@ def _times(key, x):  # a setting multiplied; a count stays one, of at least 1
 CONDITIONS = dict(
     default=Condition('as the run has it'),
     entropy_none=Condition('no entropy bonus', _times('rl.entropy_coef', 0)),
-    entropy_x3=Condition('entropy bonus x 3', _times('rl.entropy_coef', 3)),
-    entropy_x10=Condition('entropy bonus x 10', _times('rl.entropy_coef', 10)),
+    entropy_x3=Condition('entropy bonus 0.03', lambda c: ['rl.entropy_coef=0.03']),
+    entropy_x10=Condition('entropy bonus 0.1', lambda c: ['rl.entropy_coef=0.1']),
     rl_rate_quarter=Condition('learning rate of RL / 4', _times('rl.learning_rate', .25)),
     rl_rate_double=Condition('learning rate of RL x 2', _times('rl.learning_rate', 2)),
     temperature_low=Condition('temperature x 0.5', _times('rl.temperature', .5)),
@@ -56,7 +56,10 @@ CONDITIONS = dict(
 
 def conditions_of(run: Run) -> list[str]:
     "The names of the conditions that a run tries: those of `conditions.names` that its task can have."
-    can = lambda c: (not c.halves or run.task_name == 'general_points') and ('tries' in run.config['task'] or 'tries' not in str(c.changes(dict(run.config, task=dict(tries=1)))))
+    can = lambda c: (
+        (not c.halves or run.task_name == 'general_points')
+        and ('tries' in run.config['task'] or 'tries' not in str(c.changes(dict(run.config, task=dict(tries=1)))))
+    )
     return [n for n in CONDITIONS if n in run.config['conditions']['names'] and can(CONDITIONS[n])]
 
 # %% ../nbs/13c_conditions.ipynb #8029f2dc
@@ -85,8 +88,17 @@ class Nested(Run):
 
 # %% ../nbs/13c_conditions.ipynb #33ee855c
 def _inside(run, place, changes, half=-1):  # a run in a directory of the run's; as many threads as the job has
-    t, plain = run.config['conditions']['threads'], [f'{s}.processes=1' for s in ('sft', 'rl')] if half >= 0 else []  # other processes would not know of the half
-    return Nested(run.profile, (*run.changes, *changes, *plain, *(f'{s}.threads={t}' for s in ('sft', 'rl', 'grpo'))), run.seed, run.path('conditions', place), run.task_name, half)
+    # other processes would not know of the half
+    t, plain = run.config['conditions']['threads'], [f'{s}.processes=1' for s in ('sft', 'rl')] if half >= 0 else []
+    return Nested(
+        run.profile,
+        (*run.changes, *changes, *plain, *(f'{s}.threads={t}' for s in ('sft', 'rl', 'grpo'))),
+        run.seed,
+        run.path('conditions', place),
+        run.task_name,
+        half,
+    )
+
 
 def condition_run(
     run: Run,
@@ -98,7 +110,13 @@ def condition_run(
     changes = c.changes(run.config)
     of_sft = [x for x in changes if x.startswith('sft.')]
     sft = _inside(run, f'of-{c.sft}', of_sft, c.halves[0] if c.halves else -1) if c.sft else None
-    return _inside(run, name, [*changes, f'rl.starts={starts}', f'grpo.starts={starts}', f'conditions.starts={starts}'], c.halves[1] if c.halves else -1), sft
+    return _inside(
+        run,
+        name,
+        [*changes, f'rl.starts={starts}', f'grpo.starts={starts}', f'conditions.starts={starts}'],
+        c.halves[1] if c.halves else -1,
+    ), sft
+
 
 def made_already(
     run: Run,
@@ -108,7 +126,13 @@ def made_already(
     inside, sft = condition_run(run, name)
     stage = CONDITIONS[name].stage
     def same(s): a, b = (decisive(r.config, s)[s] | dict(starts=None) for r in (run, inside)); return a == b
-    return [s for s in run.config['conditions']['starts'] if sft is None and inside.half < 0 and same(stage) and same('task') and s in run.config[stage]['starts']]
+
+    return [
+        s
+        for s in run.config['conditions']['starts']
+        if sft is None and inside.half < 0 and same(stage) and same('task') and s in run.config[stage]['starts']
+    ]
+
 
 def condition_inputs(
     run: Run,
@@ -116,13 +140,20 @@ def condition_inputs(
 ) -> list[Path]:
     "The tables and checkpoints of the run that a condition needs."
     stage, here = CONDITIONS[name].stage, made_already(run, name)
-    ready = [run.table(n) for n, steps in evaluation_parts(run, stage).items() if set(steps) & set(here)] + [run.table(f'{stage}-{s:06d}') for s in here]
+    ready = [run.table(n) for n, steps in evaluation_parts(run, stage).items() if set(steps) & set(here)] + [
+        run.table(f'{stage}-{s:06d}') for s in here
+    ]
     if CONDITIONS[name].sft: return ready
     starts = run.config['conditions']['starts']
-    return ready + [run.table(n) for n, steps in evaluation_parts(run, 'sft').items() if set(steps) & set(starts)] + [run.weights('sft', s) for s in starts]
+    return (
+        ready
+        + [run.table(n) for n, steps in evaluation_parts(run, 'sft').items() if set(steps) & set(starts)]
+        + [run.weights('sft', s) for s in starts]
+    )
 
 # %% ../nbs/13c_conditions.ipynb #341d918c
-def _sft_of(run, inside, sft):  # the SFT checkpoints of a condition: made where they are not the run's own, and linked to where RL looks for them
+# the SFT checkpoints of a condition: made where they are not the run's own, and linked to where RL looks for them
+def _sft_of(run, inside, sft):
     from filelock import FileLock
     if sft:
         sft.path().mkdir(parents=True, exist_ok=True)
@@ -143,9 +174,29 @@ def _seen(run, model_path, stage, step):  # a checkpoint on the run's own proble
 def _of_log(log, stage, start):  # what RL was given, and how far it went, as rows of an evaluation
     import pandas as pd
     wide = log.pivot(index='update', columns='metric', values='value')
-    said = dict(first_reward=wide.reward.iloc[0], first_success=wide.success.iloc[0], last_reward=wide.reward.iloc[-1], last_success=wide.success.iloc[-1])
+    said = dict(
+        first_reward=wide.reward.iloc[0],
+        first_success=wide.success.iloc[0],
+        last_reward=wide.reward.iloc[-1],
+        last_success=wide.success.iloc[-1],
+    )
     if 'kl_to_start' in wide: said['kl_to_start'] = wide.kl_to_start.iloc[-1]
-    return pd.DataFrame([dict(stage=stage, checkpoint=start, split='train', problems='', episode=0, metric=k, value=float(v)) for k, v in said.items()])
+    return pd.DataFrame(
+        [
+            dict(
+                stage=stage,
+                checkpoint=start,
+                split='train',
+                drawn_from='train',
+                problems='',
+                episode=0,
+                metric=k,
+                value=float(v),
+            )
+            for k, v in said.items()
+        ]
+    )
+
 
 def condition_stage(
     run: Run,
@@ -155,13 +206,23 @@ def condition_stage(
     "RL of a run under one condition, from `conditions.starts`: writes the table `condition-NAME`."
     import pandas as pd
     (inside, sft), stage = condition_run(run, name), CONDITIONS[name].stage
-    starts, ready, train = run.config['conditions']['starts'], made_already(run, name), dict(rl=rl_stage, grpo=grpo_stage)[stage]
+    starts, ready, train = (
+        run.config['conditions']['starts'],
+        made_already(run, name),
+        dict(rl=rl_stage, grpo=grpo_stage)[stage],
+    )
     set_up_torch(run.config['conditions']['threads'])
     _sft_of(run, inside, sft)
     set_up_torch(run.config['eval']['threads'])
     tables = []
-    if sft: tables += [_seen(run, sft.checkpoint('sft', s), 'sft', s) for s in run.config['sft']['checkpoints']]
-    else: tables.append(run.load(*(n for n, steps in evaluation_parts(run, 'sft').items() if set(steps) & set(starts))).query('checkpoint in @starts'))
+    if sft:
+        tables += [_seen(run, sft.checkpoint('sft', s), 'sft', s) for s in run.config['sft']['checkpoints']]
+    else:
+        tables.append(
+            run.load(*(n for n, steps in evaluation_parts(run, 'sft').items() if set(steps) & set(starts))).query(
+                'checkpoint in @starts'
+            )
+        )
     for k, s in enumerate(starts):
         if s in ready:
             ends = run.load(*(n for n, steps in evaluation_parts(run, stage).items() if s in steps))
@@ -171,8 +232,14 @@ def condition_stage(
             end, weights = inside.checkpoint(stage, s), inside.weights('sft', s)
             if not end.exists() or end.stat().st_mtime < weights.stat().st_mtime: train(inside, s, share)
             set_up_torch(run.config['eval']['threads'])
-            tables += [_seen(run, inside.checkpoint(stage, s), stage, s), _of_log(inside.load(f'{stage}-{s:06d}'), stage, s)]
+            tables += [
+                _seen(run, inside.checkpoint(stage, s), stage, s),
+                _of_log(inside.load(f'{stage}-{s:06d}'), stage, s),
+            ]
     table = run.save(pd.concat(tables, ignore_index=True).assign(condition=name), f'condition-{name}')
     shutil.rmtree(inside.root)  # weights and all: the links in it are not followed
-    if sft and all(run.table(f'condition-{n}').exists() for n in conditions_of(run) if CONDITIONS[n].sft == CONDITIONS[name].sft): shutil.rmtree(sft.root, ignore_errors=True)
+    if sft and all(
+        run.table(f'condition-{n}').exists() for n in conditions_of(run) if CONDITIONS[n].sft == CONDITIONS[name].sft
+    ):
+        shutil.rmtree(sft.root, ignore_errors=True)
     return table

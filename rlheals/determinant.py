@@ -31,7 +31,11 @@ def joined(
     "The inverse of `brief_number`, for a text that is one number; other texts stay."
     head, h, rest = text.partition('h ')
     sign = '-' * head.startswith('-')
-    return f'{head}{int(rest):02d}' if h and head.removeprefix(sign).isdecimal() and rest.isdecimal() and rest.isascii() and len(rest) < 3 else text
+    return (
+        f'{head}{int(rest):02d}'
+        if h and head.removeprefix(sign).isdecimal() and rest.isdecimal() and rest.isascii() and len(rest) < 3
+        else text
+    )
 
 # %% ../nbs/04_determinant.ipynb #d8d4d6d2
 class Determinant(MatrixTask):
@@ -60,17 +64,25 @@ class Determinant(MatrixTask):
     def prompt(self, problem):
         matrix = problem.data['matrix']
         if self.style == 'brief': return f'determinant {shown(matrix, self.style)} :'
-        return (f'[Task]\nFind the determinant of a square matrix. Expand it along the first row: give the minors, the signed terms, and their sum.\n\n'
-                f'[Input]\nMatrix with {len(matrix)} rows and {len(matrix)} columns: {shown(matrix, self.style)}\n\n'
-                '[Output]\nAnswer with one JSON object with these fields and nothing else:\n'
-                '{\n  "minors": [one for each number in the first row],\n  "terms": [each number times its minor, with its sign],\n'
-                '  "answer": the determinant, a whole number\n}')
+        return (
+            '[Task]\nFind the determinant of a square matrix. Expand it along the first row: give the minors, the '
+            'signed terms, and their sum.\n\n'
+            f'[Input]\nMatrix with {len(matrix)} rows and {len(matrix)} columns: {shown(matrix, self.style)}\n\n'
+            '[Output]\nAnswer with one JSON object with these fields and nothing else:\n'
+            '{\n  "minors": [one for each number in the first row],\n  "terms": [each number times its minor, with its '
+            'sign],\n'
+            '  "answer": the determinant, a whole number\n}'
+        )
 
     def expert(self, problem, rng):
         minors, terms = expansion(problem.data['matrix'])
         if self.style == 'brief':
             words = lambda xs: ' '.join(map(brief_number, xs))
-            return f"{{ minors [ {words(minors)} ] terms [ {words(terms)} ] answer {words([problem.data['determinant']])} }}"
+            return (
+                f"{{ minors [ {words(minors)} ] terms [ {words(terms)} ] answer {words([problem.data['determinant']])} "
+                f"}}"
+            )
         return f'{{\n  "minors": {minors},\n  "terms": {terms},\n  "answer": {problem.data["determinant"]}\n}}'
 
-    def verify(self, problem, text): return verify_integer(text, problem.data['determinant'], joined if self.style == 'brief' else str)
+    def verify(self, problem, text):
+        return verify_integer(text, problem.data['determinant'], joined if self.style == 'brief' else str)

@@ -19,11 +19,21 @@ def readme(
     nb = nbformat.read(index, as_version=4)
     for cell in nb.cells:
         for out in cell.get('outputs', []):  # a table as Markdown where there is one
-            if 'data' in out: out['data'] = {k: v for k, v in out['data'].items() if k in (('text/markdown',) if 'text/markdown' in out['data'] else ('text/plain',))}
+            if 'data' in out:
+                out['data'] = {
+                    k: v
+                    for k, v in out['data'].items()
+                    if k in (('text/markdown',) if 'text/markdown' in out['data'] else ('text/plain',))
+                }
     text, _ = MarkdownExporter(exclude_input=True).from_notebook_node(nb)
     def seen_from_top(m):
         target = m[2]
-        return m[0] if target.startswith(('http', '#')) else f'{m[1]}{target[3:] if target.startswith("../") else "nbs/" + target}{m[3]}'
+        return (
+            m[0]
+            if target.startswith(('http', '#'))
+            else f'{m[1]}{target[3:] if target.startswith("../") else "nbs/" + target}{m[3]}'
+        )
+
     text = re.sub(r'(\]\(|src=")([^)"]+)(\)|")', seen_from_top, text)
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
@@ -31,8 +41,10 @@ def readme(
 def ledger_of(
     folder,  # with `ledger.csv`
 ) -> str:
-    "The claims' verdicts as a section in Markdown, from the ledger that `rlheals claims` wrote; empty where it wrote none."
+    """The claims' verdicts by task as a table in Markdown, from the ledger that `rlheals claims` wrote; empty where it
+    wrote none."""
     import pandas as pd
     from rlheals.ledger import markdown
     path = Path(folder)/'ledger.csv'
-    return '## Which claims hold\n\n' + markdown(pd.read_csv(path)) if path.exists() else ''
+    # the effects behind them follow in `ledger.md`
+    return markdown(pd.read_csv(path)).split('\n\n')[0] if path.exists() else ''

@@ -45,20 +45,40 @@ def update_rows(
         dW, turned = at.W(checkpoints[step]) - base, angle(step, before)
         total, energy = dW.square().sum(), torch.linalg.svdvals(dW).square()
         p = energy[energy > 0] / energy.sum()
-        found = dict(rotation=angle(step, steps[0]), speed=turned / (step - before), log_speed=turned / math.log((step + 1) / (before + 1)),
-                     change=(total.sqrt() / base.norm()).item(), inside=((U[:, :k].T @ dW @ Vt[:k].T).square().sum() / total).item() if total > 0 else math.nan,
-                     effective_rank=math.exp(-(p * p.log()).sum().item()) if total > 0 else math.nan)
+        found = dict(
+            rotation=angle(step, steps[0]),
+            speed=turned / (step - before),
+            log_speed=turned / math.log((step + 1) / (before + 1)),
+            change=(total.sqrt() / base.norm()).item(),
+            inside=((U[:, :k].T @ dW @ Vt[:k].T).square().sum() / total).item() if total > 0 else math.nan,
+            effective_rank=math.exp(-(p * p.log()).sum().item()) if total > 0 else math.nan,
+        )
         out += [dict(layer=at.layer, kind=at.kind, checkpoint=step, metric=m, value=v) for m, v in found.items()]
     return out
 
 # %% ../nbs/16d_warning.ipynb #3e03cd9d
-NEUTRAL = dict(general_points=('step', 'rank', 'determinant', 'sums'), navigation=('solve', 'rank', 'determinant', 'sums'),
-               rank=('solve', 'step', 'determinant', 'sums'), determinant=('solve', 'step', 'rank'))  # task -> kinds of documents of the tiny world that do not practise it
+NEUTRAL = dict(
+    general_points=('step', 'rank', 'determinant', 'sums'),
+    navigation=('solve', 'rank', 'determinant', 'sums'),
+    # task -> kinds of documents of the tiny world that do not practise it
+    rank=('solve', 'step', 'determinant', 'sums'),
+    determinant=('solve', 'step', 'rank'),
+)
 SENTENCES = (
-    'The library opens at nine in the morning and closes at six.', 'Bread is made from flour, water, salt and yeast.', 'Most birds build their nests in spring.',
-    'The committee will meet again next week to discuss the budget.', 'Light travels faster than sound, so we see lightning before we hear thunder.',
-    'She put the letter into an envelope and wrote the address on it.', 'The novel tells the story of two brothers who leave their village.', 'Regular exercise is good for the heart.',
-    'In winter the lake is frozen and children skate on it.', 'The museum has a large collection of old maps.', 'A contract needs the consent of both parties.', 'He learnt to play the violin when he was seven.')
+    'The library opens at nine in the morning and closes at six.',
+    'Bread is made from flour, water, salt and yeast.',
+    'Most birds build their nests in spring.',
+    'The committee will meet again next week to discuss the budget.',
+    'Light travels faster than sound, so we see lightning before we hear thunder.',
+    'She put the letter into an envelope and wrote the address on it.',
+    'The novel tells the story of two brothers who leave their village.',
+    'Regular exercise is good for the heart.',
+    'In winter the lake is frozen and children skate on it.',
+    'The museum has a large collection of old maps.',
+    'A contract needs the consent of both parties.',
+    'He learnt to play the violin when he was seven.',
+)
+
 
 def neutral_texts(
     task: str,  # its name
@@ -79,7 +99,15 @@ def next_tokens(
     "Log-probabilities of the next token at every position of every text."
     import torch
     with torch.inference_mode():
-        return [model(input_ids=torch.tensor([t], device=model.device), use_cache=False).logits[0].float().log_softmax(-1).cpu() for t in texts]
+        return [
+            model(input_ids=torch.tensor([t], device=model.device), use_cache=False)
+            .logits[0]
+            .float()
+            .log_softmax(-1)
+            .cpu()
+            for t in texts
+        ]
+
 
 def divergence(
     base: list, now: list,  # of `next_tokens`
@@ -92,31 +120,53 @@ def warning_stage(
     run: Run,
     progress=lambda done, total: None,
 ):
-    "All metrics of `METRICS` at the SFT checkpoints after the base, from the checkpoints, the table `losses` and the ID part of the evaluation: writes the table `warning` (checkpoint, metric, value)."
+    """All metrics of `METRICS` at the SFT checkpoints after the base, from the checkpoints, the table `losses` and the
+    ID part of the evaluation: writes the table `warning` (checkpoint, metric, value)."""
     import pandas as pd
     c, m, task = run.config, run.config['model'], run.task()
     set_up_torch(c['warning']['threads'])
     steps = {s: run.checkpoint('sft', s) for s in c['sft']['checkpoints']}
-    if len(steps) < 2: raise ValueError(f"sft.checkpoints={c['sft']['checkpoints']} leaves nothing to watch: give two or more")
+    if len(steps) < 2:
+        raise ValueError(f"sft.checkpoints={c['sft']['checkpoints']} leaves nothing to watch: give two or more")
     total = 2 * len(steps)
-    weights = tabulate(steps.values(), dict(t=partial(update_rows, checkpoints=steps, share=c['warning']['share'])), dtype='float64', device=pick_device(m['device']),
-                       progress=lambda done, of: progress(done * len(steps) // of, total))['t']
+    weights = tabulate(
+        steps.values(),
+        dict(t=partial(update_rows, checkpoints=steps, share=c['warning']['share'])),
+        dtype='float64',
+        device=pick_device(m['device']),
+        progress=lambda done, of: progress(done * len(steps) // of, total),
+    )['t']
     parts = [weights.groupby(['checkpoint', 'metric'])['value'].mean().reset_index()]
     losses = run.load('losses')
-    parts += [losses[(losses.split == s) & (losses.metric == 'loss')].assign(metric=f'{s}_loss') for s in ('id', 'train')]
+    parts += [
+        losses[(losses.split == s) & (losses.metric == 'loss')].assign(metric=f'{s}_loss') for s in ('id', 'train')
+    ]
     e = run.load(*evaluation_parts(run, 'sft'))
-    parts.append(e[(e.split == 'id') & (e.metric == 'success')].groupby('checkpoint')['value'].mean().reset_index().assign(metric='id_accuracy'))
+    parts.append(
+        e[(e.split == 'id') & (e.metric == 'success')]
+        .groupby('checkpoint')['value']
+        .mean()
+        .reset_index()
+        .assign(metric='id_accuracy')
+    )
     base = texts = answers = None
     for i, (step, path) in enumerate(steps.items()):
         model, tok = load_model(path, m['device'], m['dtype'])
         if base is None:
             texts = neutral_texts(task.name, tok, m['name'] in ('tiny', 'anew'), c['warning']['prompts'], run.seed)
             pairs = examples(task, 'train', c['warning']['prompts'], run.seed)
-            contexts, answers = [encode(tok, [task.prompt(p)]) for p, _ in pairs], [tok.encode(a, add_special_tokens=False) for _, a in pairs]
+            contexts, answers = (
+                [encode(tok, [task.prompt(p)]) for p, _ in pairs],
+                [tok.encode(a, add_special_tokens=False) for _, a in pairs],
+            )
             base = next_tokens(model, texts)
         else:
             seen = look(model, contexts, answers)
-            found = dict(kl=divergence(base, next_tokens(model, texts)), entropy=seen.entropy.mean().item(), margin=seen.margin.mean().item())
+            found = dict(
+                kl=divergence(base, next_tokens(model, texts)),
+                entropy=seen.entropy.mean().item(),
+                margin=seen.margin.mean().item(),
+            )
             parts.append(pd.DataFrame([dict(checkpoint=step, metric=k, value=v) for k, v in found.items()]))
         del model  # before the next comes
         progress(len(steps) + i + 1, total)
@@ -127,9 +177,16 @@ def warning_stage(
 BEST = dict(id_loss=-1, id_accuracy=1)  # quantities whose best value is a rule: its sign
 
 class Trace:
-    "What is known of one task and seed along training: `steps` (after the base), `ood` (steps, episodes), `values` (metric -> (steps))."
+    """What is known of one task and seed along training: `steps` (after the base), `ood` (steps, episodes), `values`
+    (metric -> (steps))."""
     def __init__(self, task: str, seed: int, steps, ood, values: dict):
-        self.task, self.seed, self.steps, self.ood, self.values = task, seed, np.asarray(steps), np.asarray(ood, float), values
+        self.task, self.seed, self.steps, self.ood, self.values = (
+            task,
+            seed,
+            np.asarray(steps),
+            np.asarray(ood, float),
+            values,
+        )
         self.accuracy = self.ood.mean(1)  # (steps)
 
     def value(self, metric: str, relative: bool = False):  # (steps)
@@ -143,13 +200,32 @@ def traces(
     warning,  # table `warning` of the same
 ) -> list[Trace]:
     "One `Trace` per task and seed; `ValueError` if one of the tables lacks one."
-    e = evaluation[(evaluation.stage == 'sft') & (evaluation.split == 'ood') & (evaluation.metric == 'success') & (evaluation.checkpoint > 0)]
-    seen, watched = dict(iter(e.groupby(['task', 'seed'], sort=False))), dict(iter(warning.groupby(['task', 'seed'], sort=False)))
-    if set(seen) != set(watched): raise ValueError(f'evaluation and warning are not of the same tasks and seeds: {sorted(set(seen) ^ set(watched))} are in one of them only')
+    e = evaluation[
+        (evaluation.stage == 'sft')
+        & (evaluation.split == 'ood')
+        & (evaluation.metric == 'success')
+        & (evaluation.checkpoint > 0)
+    ]
+    seen, watched = (
+        dict(iter(e.groupby(['task', 'seed'], sort=False))),
+        dict(iter(warning.groupby(['task', 'seed'], sort=False))),
+    )
+    if set(seen) != set(watched):
+        raise ValueError(
+            f'evaluation and warning are not of the same tasks and seeds: {sorted(set(seen) ^ set(watched))} are in '
+            'one of them only'
+        )
     out = []
     for (task, seed), g in seen.items():
-        ood, w = (t.pivot(index='checkpoint', columns=c, values='value') for t, c in ((g, 'episode'), (watched[task, seed], 'metric')))
-        if list(ood.index) != list(w.index): raise ValueError(f'{task}, seed {seed}: evaluated were the steps {list(ood.index)}, watched {list(w.index)}: make the table warning again')
+        ood, w = (
+            t.pivot(index='checkpoint', columns=c, values='value')
+            for t, c in ((g, 'episode'), (watched[task, seed], 'metric'))
+        )
+        if list(ood.index) != list(w.index):
+            raise ValueError(
+                f'{task}, seed {seed}: evaluated were the steps {list(ood.index)}, watched {list(w.index)}: make the '
+                'table warning again'
+            )
         out.append(Trace(task, int(seed), ood.index, ood.to_numpy(), {m: w[m].to_numpy() for m in METRICS if m in w}))
     return out
 
@@ -167,7 +243,8 @@ def choose_threshold(
     metric: str,
     relative: bool = False,
 ) -> tuple[float, int]:
-    "Threshold and direction with the highest OOD accuracy on these traces, each task counting the same; of equally good ones, the middle one."
+    """Threshold and direction with the highest OOD accuracy on these traces, each task counting the same; of equally
+    good ones, the middle one."""
     v = [t.value(metric, relative) for t in known]
     levels = np.unique(np.concatenate(v)[np.isfinite(np.concatenate(v))])
     if not len(levels): return np.nan, 1
@@ -186,7 +263,10 @@ def stops(
     "Where each rule stops each trace. What needs other seeds or other tasks is left out where there are none."
     out = []
     for t in all_traces:
-        seeds, tasks = [u for u in all_traces if u.task == t.task and u.seed != t.seed], [u for u in all_traces if u.task != t.task]
+        seeds, tasks = (
+            [u for u in all_traces if u.task == t.task and u.seed != t.seed],
+            [u for u in all_traces if u.task != t.task],
+        )
         out.append(('', 'end', t, len(t.steps) - 1))
         if seeds: out.append(('', 'fixed step', t, int(np.mean([u.accuracy for u in seeds], 0).argmax())))
         for m in t.values:
@@ -209,19 +289,39 @@ def scores(
     all_traces: list[Trace],
     draws: int = 1000,
 ):
-    "Per task (and `all`, if several), metric and rule: `mean`, `low`, `high`, `p`, `p_holm` of the score over `seeds`, and `ood`, `regret`, `step` (median); with the rule `spearman` the rank correlation instead. The oracle's own score is there too."
+    """Per task (and `all`, if several), metric and rule: `mean`, `low`, `high`, `p`, `p_holm` of the score over
+    `seeds`, and `ood`, `regret`, `step` (median); with the rule `spearman` the rank correlation instead. The oracle's
+    own score is there too."""
     import pandas as pd
     from scipy.stats import rankdata
     from statsmodels.stats.multitest import multipletests
     loss = {(t.task, t.seed): t.ood[int(np.nanargmin(t.value('id_loss')))] for t in all_traces}
     top = {(t.task, t.seed): oracle(t) for t in all_traces}
-    drawn = {(t.task, t.seed): np.random.default_rng(t.seed).multinomial(n := t.ood.shape[1], np.full(n, 1 / n), draws) / n for t in all_traces}  # (draws, episodes)
-    padded = {(t.task, t.seed): np.random.default_rng(t.seed).multinomial(n := t.ood.shape[1], np.r_[np.ones(n), .5, .5, 1] / (n + 2), draws) / n for t in all_traces}  # (draws, episodes + 3)
+    # (draws, episodes)
+    drawn = {
+        (t.task, t.seed): np.random.default_rng(t.seed).multinomial(n := t.ood.shape[1], np.full(n, 1 / n), draws) / n
+        for t in all_traces
+    }
+    # (draws, episodes + 3)
+    padded = {
+        (t.task, t.seed): np.random.default_rng(t.seed).multinomial(
+            n := t.ood.shape[1], np.r_[np.ones(n), 0.5, 0.5, 1] / (n + 2), draws
+        )
+        / n
+        for t in all_traces
+    }
     cells = {}  # metric, rule -> task -> seed -> (score, its draws, OOD accuracy, regret, step)
     def put(metric, rule, t, x, step):
         key = t.task, t.seed
         gap = x - loss[key]
-        cells.setdefault((metric, rule), {}).setdefault(t.task, {})[t.seed] = gap.mean(), padded[key] @ np.r_[gap, 1, -1, 0], x.mean(), (top[key] - x).mean(), step
+        cells.setdefault((metric, rule), {}).setdefault(t.task, {})[t.seed] = (
+            gap.mean(),
+            padded[key] @ np.r_[gap, 1, -1, 0],
+            x.mean(),
+            (top[key] - x).mean(),
+            step,
+        )
+
     for metric, rule, t, i in stops(all_traces): put(metric, rule, t, t.ood[i], t.steps[i])
     for t in all_traces:
         put('', 'oracle', t, top[t.task, t.seed], np.nan)
@@ -233,18 +333,40 @@ def scores(
             a, b = a - a.mean(), b - b.mean(1, keepdims=True)
             size = np.sqrt((a**2).sum() * (b**2).sum(1))
             rho = np.where(size > 0, b @ a / np.where(size > 0, size, 1), np.nan)
-            cells.setdefault((m, 'spearman'), {}).setdefault(t.task, {})[t.seed] = rho[0], rho[1:], np.nan, np.nan, np.nan
+            cells.setdefault((m, 'spearman'), {}).setdefault(t.task, {})[t.seed] = (
+                rho[0],
+                rho[1:],
+                np.nan,
+                np.nan,
+                np.nan,
+            )
     rows, tasks = [], list(dict.fromkeys(t.task for t in all_traces))
     for (metric, rule), by_task in cells.items():
         if len(tasks) > 1 and set(by_task) == set(tasks):
             common = sorted(set.intersection(*map(set, by_task.values())))
-            by_task = by_task | dict(all={s: tuple(np.mean([by_task[t][s][i] for t in tasks], 0) for i in range(5)) for s in common})
+            by_task = by_task | dict(
+                all={s: tuple(np.mean([by_task[t][s][i] for t in tasks], 0) for i in range(5)) for s in common}
+            )
         for task, by_seed in by_task.items():
             value, sampled, ood, regret, step = zip(*by_seed.values()) if by_seed else ((),) * 5
             if not by_seed: continue
-            rows.append(dict(task=task, metric=metric, rule=rule, ood=np.mean(ood), regret=np.mean(regret), step=np.median(step) if task != 'all' else np.nan) | combine_seeds(value, np.array(sampled)))
+            rows.append(
+                dict(
+                    task=task,
+                    metric=metric,
+                    rule=rule,
+                    ood=np.mean(ood),
+                    regret=np.mean(regret),
+                    step=np.median(step) if task != 'all' else np.nan,
+                )
+                | combine_seeds(value, np.array(sampled))
+            )
     table = pd.DataFrame(rows)
-    judged = table.p.notna() & ~table.rule.isin(('spearman', 'oracle')) & ~((table.rule == 'best') & (table.metric == 'id_loss'))
+    judged = (
+        table.p.notna()
+        & ~table.rule.isin(('spearman', 'oracle'))
+        & ~((table.rule == 'best') & (table.metric == 'id_loss'))
+    )
     table['p_holm'] = np.nan
     for _, g in table[judged].groupby('task'): table.loc[g.index, 'p_holm'] = multipletests(g.p, method='holm')[1]
     return table
@@ -256,7 +378,8 @@ def made_up_traces(
     n: int = 200,  # episodes
     steps=(0, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640),
 ) -> tuple:  # `sft_evaluation`, `warning`
-    "Made-up tables in which rotation knows where OOD accuracy peaks (at another step in every seed), and all else is noise or late: to show and test."
+    """Made-up tables in which rotation knows where OOD accuracy peaks (at another step in every seed), and all else is
+    noise or late: to show and test."""
     import pandas as pd
     evaluation, warning, at = [], [], np.log(np.array(steps[1:]))
     for task in tasks:
@@ -264,10 +387,31 @@ def made_up_traces(
             rng = np.random.default_rng([seed, len(task)])
             peak = at[2 + (3 * seed + len(task)) % 7]
             p = .5 * np.exp(-np.abs(at - peak) * 1.2)
-            evaluation += [pd.DataFrame(dict(task=task, seed=seed, stage='sft', split='ood', checkpoint=c, episode=range(n), metric='success', value=(rng.random(n) < q).astype(float)))
-                           for c, q in zip(steps, [0, *p])]
+            evaluation += [
+                pd.DataFrame(
+                    dict(
+                        task=task,
+                        seed=seed,
+                        stage='sft',
+                        split='ood',
+                        checkpoint=c,
+                        episode=range(n),
+                        metric='success',
+                        value=(rng.random(n) < q).astype(float),
+                    )
+                )
+                for c, q in zip(steps, [0, *p])
+            ]
             scale = rng.uniform(.9, 1.1, len(METRICS))
-            values = {m: s * rng.uniform(.5, 1.5, len(at)) for m, s in zip(METRICS, scale)} | dict(
-                rotation=10 + 2 * (at - peak), id_loss=.2 + .02 * (at - np.log(600))**2, train_loss=.1 + np.exp(-at), id_accuracy=.7 * (1 - np.exp(-np.exp(at) / 30)))
-            warning += [dict(task=task, seed=seed, checkpoint=c, metric=m, value=v[i]) for m, v in values.items() for i, c in enumerate(steps[1:])]
+            values = {m: s * rng.uniform(0.5, 1.5, len(at)) for m, s in zip(METRICS, scale)} | dict(
+                rotation=10 + 2 * (at - peak),
+                id_loss=0.2 + 0.02 * (at - np.log(600)) ** 2,
+                train_loss=0.1 + np.exp(-at),
+                id_accuracy=0.7 * (1 - np.exp(-np.exp(at) / 30)),
+            )
+            warning += [
+                dict(task=task, seed=seed, checkpoint=c, metric=m, value=v[i])
+                for m, v in values.items()
+                for i, c in enumerate(steps[1:])
+            ]
     return pd.concat(evaluation, ignore_index=True), pd.DataFrame(warning)

@@ -35,13 +35,27 @@ def retell(
     e, out = Episode.start(task, problem), []
     for text in answers:
         asked, v = e.turns[-1], e.answer(task, text)
-        out.append(dict(turn=len(out), tried=e.attempts[-1], asked=asked, answer=text, correct=v.correct, reason=v.reason, value=v.reward, solved=False))
+        out.append(
+            dict(
+                turn=len(out),
+                tried=e.attempts[-1],
+                asked=asked,
+                answer=text,
+                correct=v.correct,
+                reason=v.reason,
+                value=v.reward,
+                solved=False,
+            )
+        )
     for row in out: row['solved'] = e.solved
     return out
 
 # %% ../nbs/17f_explorer.ipynb #05bc6d25
 def _weights(run):
-    return [run.weights('sft', s) for s in run.config['sft']['checkpoints']] + [run.weights('rl', s) for s in run.config['rl']['starts']]
+    return [run.weights('sft', s) for s in run.config['sft']['checkpoints']] + [
+        run.weights('rl', s) for s in run.config['rl']['starts']
+    ]
+
 
 def explored(run: Run) -> dict:  # 'sft-000640' -> its directory
     "The checkpoints that the explorer goes through: all of SFT, and all ends of RL."
@@ -56,27 +70,42 @@ def _answer_rows(run: Run, path) -> list[dict]:
     "What the model of a checkpoint answers to a few problems of the evaluation."
     c, m, task, out = run.config, run.config['model'], run.task(), []
     model, tok = load_model(path, m['device'], m['dtype'])
-    for split in ('id', 'ood'):
+    for part, split in run.splits.items():
         problems = problem_set(task, split, c['eval']['episodes'], run.seed)[:c['explorer']['problems']]
         for i, (p, e) in enumerate(zip(problems, play(model, tok, task, problems, m['max_new_tokens']))):
-            out += [dict(split=split, episode=i, **row) for row in retell(task, p, e.answers)]
+            out += [dict(split=part, episode=i, **row) for row in retell(task, p, e.answers)]
     return out
 
 def explore_stage(
     run: Run,
     progress=lambda done, total: None,
 ):
-    "All that the explorer shows of a run, from its checkpoints, evaluations and surgery by rank: writes the table `explorer`."
+    """All that the explorer shows of a run, from its checkpoints, evaluations and surgery by rank: writes the table
+    `explorer`."""
     import pandas as pd
     c, at = run.config, explored(run)
     set_up_torch(c['explorer']['threads'])
-    evaluation, surgery = run.load(*evaluation_parts(run, 'sft'), *evaluation_parts(run, 'rl')), run.load('surgery-rank')
+    evaluation, surgery = (
+        run.load(*evaluation_parts(run, 'sft'), *evaluation_parts(run, 'rl')),
+        run.load('surgery-rank'),
+    )
     origins = dict(base=run.checkpoint('sft', 0), max_ood=run.checkpoint('sft', landmarks(evaluation)['max_ood']))
-    success = lambda t, by: summarise(t[t.metric == 'success'], by).drop(columns='seeds').rename(columns=dict(mean='value'))
-    parts = dict(accuracy=success(evaluation, ['stage', 'checkpoint', 'split']), restoration=success(surgery, ['edit', 'share', 'split']))
+    success = lambda t, by: (
+        summarise(t[t.metric == 'success'], by).drop(columns='seeds').rename(columns=dict(mean='value'))
+    )
+    parts = dict(
+        accuracy=success(evaluation, ['stage', 'checkpoint', 'split']),
+        restoration=success(surgery, ['edit', 'share', 'split']),
+    )
     total = 3 * len(at)  # the weights take about twice as long as the answers
-    weights = tabulate(at.values(), dict(values=partial(spectra_rows, checkpoints=at)) | {s: partial(rotation_rows, checkpoints=at, origins=origins, share=s) for s in c['explorer']['shares']},
-                       dtype='float64', device=pick_device(c['model']['device']), progress=lambda done, of: progress(2 * len(at) * done // of, total))
+    weights = tabulate(
+        at.values(),
+        dict(values=partial(spectra_rows, checkpoints=at))
+        | {s: partial(rotation_rows, checkpoints=at, origins=origins, share=s) for s in c['explorer']['shares']},
+        dtype='float64',
+        device=pick_device(c['model']['device']),
+        progress=lambda done, of: progress(2 * len(at) * done // of, total),
+    )
     parts['values'], parts['angles'] = weights.pop('values'), pd.concat([t.assign(share=s) for s, t in weights.items()])
     answers = []
     for i, (name, path) in enumerate(at.items()):
@@ -87,7 +116,9 @@ def explore_stage(
         label = parts[name]['checkpoint'].str.split('-')
         parts[name] = parts[name].assign(stage=label.str[0], checkpoint=label.str[1].astype(int))
     table = pd.concat([parts[p].assign(part=p) for p in PARTS], ignore_index=True)
-    numbers = {k: 'float32' for k in ('value', 'low', 'high', 'share')} | {k: 'Int32' for k in ('checkpoint', 'n', 'layer', 'index', 'episode', 'turn', 'tried')}
+    numbers = {k: 'float32' for k in ('value', 'low', 'high', 'share')} | {
+        k: 'Int32' for k in ('checkpoint', 'n', 'layer', 'index', 'episode', 'turn', 'tried')
+    }
     return run.save(table.astype(numbers), 'explorer')
 
 # %% ../nbs/17f_explorer.ipynb #a6f5954a
@@ -110,11 +141,25 @@ def open_tables(
 ) -> dict:  # task -> table
     "The explorer's tables: a run's own where it has them, the published ones of the tasks for which it has none."
     import pandas as pd
-    files = {p.stem: p for p in Path(published).glob('*.parquet')} if profile == 'tiny' and not changes and seed == 0 else {}
+
+    files = (
+        {p.stem: p for p in Path(published).glob('*.parquet')}
+        if profile == 'tiny' and not changes and seed == 0
+        else {}
+    )
     base = Run(profile, tuple(changes), seed, Path(runs)).dir
-    files |= {pd.read_parquet(p, columns=['task']).task[0]: p for p in sorted(base.glob(f'*/seed{seed}/tables/explorer.parquet'))}
-    if not files: raise ValueError(f'there is no table of the explorer in {base} and none in {published}: make one with `rlheals explore --profile {profile} --runs {runs}`')
-    return {t: pd.read_parquet(files[t]) for t in [*TASK_NAMES, *(f for f in files if f not in TASK_NAMES)] if t in files}
+    files |= {
+        pd.read_parquet(p, columns=['task']).task[0]: p
+        for p in sorted(base.glob(f'*/seed{seed}/tables/explorer.parquet'))
+    }
+    if not files:
+        raise ValueError(
+            f'there is no table of the explorer in {base} and none in {published}: make one with `rlheals explore '
+            f'--profile {profile} --runs {runs}`'
+        )
+    return {
+        t: pd.read_parquet(files[t]) for t in [*TASK_NAMES, *(f for f in files if f not in TASK_NAMES)] if t in files
+    }
 
 # %% ../nbs/17f_explorer.ipynb #cbf8b1e9
 _ORIGINS = dict(base=('from base', SFT), max_ood=('from SFT_MaxOOD', '#882E72'))  # of angles: label, colour
@@ -134,12 +179,23 @@ def named(table) -> dict:  # name -> (stage, checkpoint)
     a = part(table, 'accuracy', split='ood')
     sft, last = a[a.stage == 'sft'].sort_values('checkpoint'), a[a.stage == 'rl'].checkpoint.max()
     best = sft.checkpoint.iloc[sft.value.argmax()]
-    return dict(base=('sft', 0), SFT_MaxOOD=('sft', int(best)), SFT_End=('sft', int(sft.checkpoint.max())), RL_End=('rl', int(last)))
+    return dict(
+        base=('sft', 0),
+        SFT_MaxOOD=('sft', int(best)),
+        SFT_End=('sft', int(sft.checkpoint.max())),
+        RL_End=('rl', int(last)),
+    )
+
 
 def title_of(table, stage: str, checkpoint: int) -> str:
     "What a checkpoint is called."
     names = ' = '.join(n for n, at in named(table).items() if at == (stage, checkpoint))
-    return f"{TASK_NAMES.get(table.task.iloc[0], table.task.iloc[0])}, {'SFT, step' if stage == 'sft' else 'RL from step'} {checkpoint}" + f' ({names})' * bool(names)
+    return (
+        f"{TASK_NAMES.get(table.task.iloc[0], table.task.iloc[0])}, "
+        f"{'SFT, step' if stage == 'sft' else 'RL from step'} {checkpoint}"
+        + f' ({names})' * bool(names)
+    )
+
 
 class Panel:
     "The picture of one task; `update` moves it to another choice."
@@ -150,24 +206,38 @@ class Panel:
         from matplotlib.figure import Figure
         import matplotlib.pyplot as plt
         self.table, self.choice = table, None
-        self.accuracy = {k: d.sort_values('checkpoint').set_index('checkpoint') for k, d in part(table, 'accuracy').groupby(['stage', 'split'])}
-        self.values = {k: d.value.to_numpy() for k, d in part(table, 'values').groupby(['layer', 'kind', 'stage', 'checkpoint'])}
+        self.accuracy = {
+            k: d.sort_values('checkpoint').set_index('checkpoint')
+            for k, d in part(table, 'accuracy').groupby(['stage', 'split'])
+        }
+        self.values = {
+            k: d.value.to_numpy() for k, d in part(table, 'values').groupby(['layer', 'kind', 'stage', 'checkpoint'])
+        }
         angles = part(table, 'angles').assign(share=lambda d: d.share.astype(float).round(4)).sort_values('checkpoint')
-        self.angles = {k: (d.checkpoint.to_numpy(int), d.value.to_numpy()) for k, d in angles.groupby(['layer', 'kind', 'share', 'origin', 'side', 'stage'])}
+        self.angles = {
+            k: (d.checkpoint.to_numpy(int), d.value.to_numpy())
+            for k, d in angles.groupby(['layer', 'kind', 'share', 'origin', 'side', 'stage'])
+        }
         self.steps = {s: sorted(self.accuracy[s, 'id'].index.astype(int)) for s in STAGES}
         self.matrices, self.shares = sorted({k[:2] for k in self.values}), sorted(angles.share.unique().tolist())
         with plt.rc_context(STYLE | {'axes.titleweight': 'normal'}):
             self.figure = Figure(figsize=(8.6, 5.6), dpi=110)
             FigureCanvasAgg(self.figure)
-            for make, ax in zip((self._accuracy, self._values, self._angles, self._restoration), self.figure.subplots(2, 2).flat):
+            for make, ax in zip(
+                (self._accuracy, self._values, self._angles, self._restoration), self.figure.subplots(2, 2).flat
+            ):
                 make(ax)
                 ax.title.set_animated(True)
             self.update('sft', self.steps['sft'][0], self.matrices[0], self.shares[0])
             self.figure.draw_without_rendering()
             self.figure.set_layout_engine('none')  # from now on everything stays where it is
-        self.moving, self.still = [a for ax in self.figure.axes for a in [*ax.lines, ax.title] if a.get_animated()], None
+        self.moving, self.still = (
+            [a for ax in self.figure.axes for a in [*ax.lines, ax.title] if a.get_animated()],
+            None,
+        )
 
-    def _along(self, ax, high=.7):  # an axis along the checkpoints, with a mark that moves, as high as the legend leaves room
+    # an axis along the checkpoints, with a mark that moves, as high as the legend leaves room
+    def _along(self, ax, high=.7):
         mark = ax.axvline(0, 0, high, color='#222222', lw=.9, alpha=.5, zorder=0, animated=True)
         steps_axis(ax, self.steps['sft'], label='SFT step (RL: the step it started from)', room=.1)
         return mark
@@ -178,37 +248,84 @@ class Panel:
             label, colour, marker, _ = SPLITS[split]
             x, (y, low, high) = d.index.to_numpy(int), 100 * d[['value', 'low', 'high']].to_numpy().T
             if stage == 'sft':
-                ax.plot(x, y, color=colour, marker=marker, label=label); ax.fill_between(x, low, high, color=colour, alpha=.13, lw=0)
-            else: ax.errorbar(x, y, np.maximum(0, [y - low, high - y]), fmt='D', ms=4, mfc='white', color=colour, elinewidth=.7, label=f'{label}, after RL')
+                ax.plot(x, y, color=colour, marker=marker, label=label)
+                ax.fill_between(x, low, high, color=colour, alpha=0.13, lw=0)
+            else:
+                ax.errorbar(
+                    x,
+                    y,
+                    np.maximum(0, [y - low, high - y]),
+                    fmt='D',
+                    ms=4,
+                    mfc='white',
+                    color=colour,
+                    elinewidth=0.7,
+                    label=f'{label}, after RL',
+                )
             self.points[split] = ax.plot([], [], color=colour, **_RING)[0]
         percent_axis(ax, 'accuracy (%)')
-        ax.legend(loc='upper left', ncols=2); ax.set_ylim(top=1.25 * ax.get_ylim()[1]); ax.set_yticks([t for t in ax.get_yticks() if 0 <= t <= 100])
+        ax.legend(loc='upper left', ncols=2)
+        ax.set_ylim(top=1.25 * ax.get_ylim()[1])
+        ax.set_yticks([t for t in ax.get_yticks() if 0 <= t <= 100])
         self.at_accuracy, self.accuracy_axis = self._along(ax, .8), ax
 
     def _base(self, layer, kind, *_): return self.values[layer, kind, 'sft', self.steps['sft'][0]]
 
     def _values(self, ax):
         self.difference_axis = ax.twinx()
-        self.before, self.after = (ax.plot([], [], color=c, lw=lw, label=label, animated=True)[0] for c, lw, label in ((MUTED, 2.6, 'base'), (SFT, 1., 'this checkpoint')))
-        self.difference = self.difference_axis.plot([], [], color=RL, lw=.9, label='difference (right)', animated=True)[0]
+        self.before, self.after = (
+            ax.plot([], [], color=c, lw=lw, label=label, animated=True)[0]
+            for c, lw, label in ((MUTED, 2.6, 'base'), (SFT, 1.0, 'this checkpoint'))
+        )
+        self.difference = self.difference_axis.plot(
+            [], [], color=RL, lw=0.9, label='difference (right)', animated=True
+        )[0]
         self.difference_axis.axhline(0, color=RL, lw=.4, alpha=.5)
-        self.difference_axis.spines['right'].set_visible(True); self.difference_axis.grid(False); self.difference_axis.tick_params(axis='y', colors=RL)
+        self.difference_axis.spines['right'].set_visible(True)
+        self.difference_axis.grid(False)
+        self.difference_axis.tick_params(axis='y', colors=RL)
         self.cut = ax.axvline(0, 0, .75, color='#222222', lw=.9, ls=':', animated=True)
-        top, reach = max(v[0] for v in self.values.values()), max(abs(v - self._base(*k)).max() for k, v in self.values.items())
-        ax.set(xlabel='index', ylabel='singular value', xlim=(-1, max(map(len, self.values.values()))), ylim=(0, 1.08 * top))
+        top, reach = (
+            max(v[0] for v in self.values.values()),
+            max(abs(v - self._base(*k)).max() for k, v in self.values.items()),
+        )
+        ax.set(
+            xlabel='index',
+            ylabel='singular value',
+            xlim=(-1, max(map(len, self.values.values()))),
+            ylim=(0, 1.08 * top),
+        )
         self.difference_axis.set_ylim(-1.1 * reach or -1, 1.1 * reach or 1)
         ax.legend(handles=[self.before, self.after, self.difference], loc='upper right')
         self.values_axis = ax
 
     def _angles(self, ax):
-        self.turns = {(origin, side, stage): ax.plot([], [], color=colour, **(dict(ls='-' if side == 'left' else '--', marker='o' if side == 'left' else None) if stage == 'sft' else
-                                                     dict(ls='', marker='D' if side == 'left' else 'd', ms=4.2, mfc='white')), label=label if (side, stage) == ('left', 'sft') else None)[0]
-                      for origin, (label, colour) in _ORIGINS.items() for side in ('left', 'right') for stage in STAGES}
+        self.turns = {
+            (origin, side, stage): ax.plot(
+                [],
+                [],
+                color=colour,
+                **(
+                    dict(ls='-' if side == 'left' else '--', marker='o' if side == 'left' else None)
+                    if stage == 'sft'
+                    else dict(ls='', marker='D' if side == 'left' else 'd', ms=4.2, mfc='white')
+                ),
+                label=label if (side, stage) == ('left', 'sft') else None,
+            )[0]
+            for origin, (label, colour) in _ORIGINS.items()
+            for side in ('left', 'right')
+            for stage in STAGES
+        }
         for line in self.turns.values(): line.set_animated(True)
-        self.found = {(origin, side): ax.plot([], [], color=colour, **_RING)[0] for origin, (_, colour) in _ORIGINS.items() for side in ('left', 'right')}
+        self.found = {
+            (origin, side): ax.plot([], [], color=colour, **_RING)[0]
+            for origin, (_, colour) in _ORIGINS.items()
+            for side in ('left', 'right')
+        }
         top = max(y.max() for _, y in self.angles.values()) or 1
         ax.set(ylabel='mean principal angle (degrees)', ylim=(-.03 * top, 1.4 * top))
-        ax.plot([], [], color=MUTED, ls='--', label='right (solid: left)'); ax.plot([], [], color=MUTED, ls='', marker='D', mfc='white', label='after RL')
+        ax.plot([], [], color=MUTED, ls='--', label='right (solid: left)')
+        ax.plot([], [], color=MUTED, ls='', marker='D', mfc='white', label='after RL')
         ax.legend(loc='upper left')
         self.at_angles, self.angles_axis = self._along(ax), ax
 
@@ -219,12 +336,18 @@ class Panel:
             one = d[d.edit == e].sort_values('share')
             x, (y, low, high) = 100 * one.share.to_numpy(float), 100 * one[['value', 'low', 'high']].to_numpy().T
             ax.plot(x, y, color=colour, marker=marker, ls=ls, lw=1.6 if e == 'directions' else 1, label=label)
-            if e == 'directions': ax.fill_between(x, low, high, color=colour, alpha=.13, lw=0); self.restored = dict(zip(x.round(2), zip(y, low, high)))
+            if e == 'directions':
+                ax.fill_between(x, low, high, color=colour, alpha=0.13, lw=0)
+                self.restored = dict(zip(x.round(2), zip(y, low, high)))
         percent_axis(ax, 'OOD accuracy (%)')
         ax.set_ylim(top=1.5 * ax.get_ylim()[1])
         ends = {label: 100 * d[d.edit == e].value.mean() for e, label in (('none', 'SFT_End'), ('donor', 'SFT_MaxOOD'))}
-        if abs(np.subtract(*ends.values())) < .04 * ax.get_ylim()[1]: ends = {' and '.join(ends): np.mean([*ends.values()])}  # too close for two labels
-        for label, y in ends.items(): ax.axhline(y, color=MUTED, lw=.8, zorder=0); ax.annotate(label, (1, y), (0, 1.5), textcoords='offset points', fontsize=7, color=MUTED)
+        # too close for two labels
+        if abs(np.subtract(*ends.values())) < 0.04 * ax.get_ylim()[1]:
+            ends = {' and '.join(ends): np.mean([*ends.values()])}
+        for label, y in ends.items():
+            ax.axhline(y, color=MUTED, lw=0.8, zorder=0)
+            ax.annotate(label, (1, y), (0, 1.5), textcoords='offset points', fontsize=7, color=MUTED)
         ax.set_xlim(0, 103); ax.set_xlabel("SFT_MaxOOD's directions put into SFT_End (top % of the rank)")
         ax.legend(loc='upper left', ncols=2)
         self.at_share = ax.axvline(0, 0, .7, color='#222222', lw=.9, ls=':', animated=True)
@@ -238,26 +361,44 @@ class Panel:
         rank: float,  # share of the full rank
     ):
         "Show another choice; `ValueError` says what there is to choose from."
-        for what, value, have in (('stage', stage, list(STAGES)), ('checkpoint', checkpoint, self.steps.get(stage)), ('matrix', tuple(matrix), self.matrices), ('rank', rank, self.shares)):
-            if value not in have: raise ValueError(f'{what}={value!r} is not in the table: use one of {", ".join(map(str, have))}')
+        for what, value, have in (
+            ('stage', stage, list(STAGES)),
+            ('checkpoint', checkpoint, self.steps.get(stage)),
+            ('matrix', tuple(matrix), self.matrices),
+            ('rank', rank, self.shares),
+        ):
+            if value not in have:
+                raise ValueError(f'{what}={value!r} is not in the table: use one of {", ".join(map(str, have))}')
         self.choice, at = (stage, checkpoint, tuple(matrix), rank), []
         for split, ring in self.points.items():
             d = self.accuracy[stage, split].loc[checkpoint]
-            ring.set_data([checkpoint], [100 * d.value]); at.append(f'{SPLITS[split][0]} {100 * d.value:.1f} % [{100 * d.low:.1f}, {100 * d.high:.1f}]')
+            ring.set_data([checkpoint], [100 * d.value])
+            at.append(f'{SPLITS[split][0]} {100 * d.value:.1f} % [{100 * d.low:.1f}, {100 * d.high:.1f}]')
         for mark in (self.at_accuracy, self.at_angles): mark.set_xdata([checkpoint] * 2)
         self.accuracy_axis.title.set_text('accuracy: ' + '\n'.join(at))
         self._show_values(stage, checkpoint, *matrix, rank)
         self._show_angles(stage, checkpoint, *matrix, rank)
         got = self.restored.get(round(100 * rank, 2))
-        self.at_share.set_xdata([100 * rank] * 2); self.chosen.set_data(*(([100 * rank], [got[0]]) if got else ([], [])))
-        self.restoration_axis.title.set_text('restoration: ' + (f'{got[0]:.1f} % [{got[1]:.1f}, {got[2]:.1f}]' if got else 'not tried') + f'\nby {100 * rank:g} % of the directions')
+        self.at_share.set_xdata([100 * rank] * 2)
+        self.chosen.set_data(*(([100 * rank], [got[0]]) if got else ([], [])))
+        self.restoration_axis.title.set_text(
+            'restoration: '
+            + (f'{got[0]:.1f} % [{got[1]:.1f}, {got[2]:.1f}]' if got else 'not tried')
+            + f'\nby {100 * rank:g} % of the directions'
+        )
         return self
 
     def _show_values(self, stage, checkpoint, layer, kind, rank):
         base, now = self._base(layer, kind), self.values[layer, kind, stage, checkpoint]
         x, k = np.arange(len(base)), rank_of_share(rank, len(base))
-        self.before.set_data(x, base); self.after.set_data(x, now); self.difference.set_data(x, now - base); self.cut.set_xdata([k - .5] * 2)
-        self.values_axis.title.set_text(f'layer {layer} {kind}, first {k} of {len(base)} values\nchanged by {100 * np.abs(now / base - 1)[:k].mean():.2f} %')
+        self.before.set_data(x, base)
+        self.after.set_data(x, now)
+        self.difference.set_data(x, now - base)
+        self.cut.set_xdata([k - 0.5] * 2)
+        self.values_axis.title.set_text(
+            f'layer {layer} {kind}, first {k} of {len(base)} values\nchanged by '
+            f'{100 * np.abs(now / base - 1)[:k].mean():.2f} %'
+        )
 
     def _show_angles(self, stage, checkpoint, layer, kind, rank):
         at = {}
@@ -266,7 +407,11 @@ class Panel:
             line.set_data(x, y)
             if s == stage: at[origin, side] = y[x == checkpoint][0]
         for key, ring in self.found.items(): ring.set_data([checkpoint], [at[key]])
-        self.angles_axis.title.set_text('\n'.join(f'{label} {at[o, "left"]:.1f}° left, {at[o, "right"]:.1f}° right' for o, (label, _) in _ORIGINS.items()))
+        self.angles_axis.title.set_text(
+            '\n'.join(
+                f'{label} {at[o, "left"]:.1f}° left, {at[o, "right"]:.1f}° right' for o, (label, _) in _ORIGINS.items()
+            )
+        )
 
     def png(self) -> bytes:
         "The picture as it is now."
@@ -297,13 +442,18 @@ def panel(
 
 # %% ../nbs/17f_explorer.ipynb #a77dc08c
 def _turn(row):  # an answer and its verdict
-    verdict = '<b style="color:#009E73">right</b>' if row.correct else f'<b style="color:#D55E00">wrong</b> <i>{escape(row.reason)}</i>'
+    verdict = (
+        '<b style="color:#009E73">right</b>'
+        if row.correct
+        else f'<b style="color:#D55E00">wrong</b> <i>{escape(row.reason)}</i>'
+    )
     return f'<div style="margin-left:1em"><code>{escape(row.answer) or "(nothing)"}</code> {verdict}</div>'
 
 def _episode(d, last=False):  # one episode (or its last step): what was asked, and all tries
     out = []
     for row in d[d.turn >= d[d.tried == 0].turn.max()].itertuples() if last else d.itertuples():
-        if row.tried == 0: out.append(f'<div style="opacity:.7">{escape(row.asked)}</div>')  # a new step; other follow-ups say no more than the reason
+        # a new step; other follow-ups say no more than the reason
+        if row.tried == 0: out.append(f'<div style="opacity:.7">{escape(row.asked)}</div>')
         out.append(_turn(row))
     return ''.join(out)
 
@@ -318,8 +468,15 @@ def answers_html(
     for split, d in found.groupby('split'):
         episodes = [e for _, e in d.sort_values('turn').groupby('episode')]
         right = sum(bool(e.solved.iloc[0]) for e in episodes)
-        inside = ''.join(f'<div style="border-left:3px solid {"#009E73" if e.solved.iloc[0] else "#D55E00"};padding:1px 6px;margin:5px 0">{_episode(e)}</div>' for e in episodes)
-        out.append(f'<div style="flex:1 1 380px;min-width:0;overflow-wrap:anywhere"><b>{SPLITS[split][0]}: {right} of {len(episodes)} solved</b>{inside}</div>')
+        inside = ''.join(
+            f'<div style="border-left:3px solid {"#009E73" if e.solved.iloc[0] else "#D55E00"};padding:1px '
+            f'6px;margin:5px 0">{_episode(e)}</div>'
+            for e in episodes
+        )
+        out.append(
+            f'<div style="flex:1 1 380px;min-width:0;overflow-wrap:anywhere"><b>{SPLITS[split][0]}: {right} of '
+            f'{len(episodes)} solved</b>{inside}</div>'
+        )
     return f'<div style="display:flex;flex-wrap:wrap;gap:16px;font-size:12px;line-height:1.35">{"".join(out)}</div>'
 
 def answers_table(
@@ -328,12 +485,18 @@ def answers_table(
     checkpoints: dict,  # name -> (stage, checkpoint)
     episodes: int = 3,  # per split
 ) -> str:
-    "The answers of a few checkpoints to the same problems (to the last step they came to), side by side, as a plain HTML table."
+    """The answers of a few checkpoints to the same problems (to the last step they came to), side by side, as a plain
+    HTML table."""
     cells = {name: part(tables[task], 'answers', stage=s, checkpoint=c) for name, (s, c) in checkpoints.items()}
     cell = lambda d, split, i: _episode(d[(d.split == split) & (d.episode == i)].sort_values('turn'), last=True)
     head = ''.join(f'<th>{escape(n)} ({STAGES[s]} {c})</th>' for n, (s, c) in checkpoints.items())
-    body = ''.join(f'<tr><td>{SPLITS[split][0]}</td>' + ''.join(f'<td style="text-align:left;vertical-align:top">{cell(d, split, i)}</td>' for d in cells.values()) + '</tr>'
-                   for split in ('id', 'ood') for i in range(episodes))
+    body = ''.join(
+        f'<tr><td>{SPLITS[split][0]}</td>'
+        + ''.join(f'<td style="text-align:left;vertical-align:top">{cell(d, split, i)}</td>' for d in cells.values())
+        + '</tr>'
+        for split in ('id', 'ood')
+        for i in range(episodes)
+    )
     return f'<table><tr><th></th>{head}</tr>{body}</table>'
 
 # %% ../nbs/17f_explorer.ipynb #1ab1fa6f
@@ -341,7 +504,10 @@ class Explorer:
     "Widgets for the choice, the picture and the answers; show it as the last line of a cell."
     def __init__(self, tables: dict):  # task -> table
         import ipywidgets as w
-        self.panels, self.told = ({t: f(table) for t, table in tables.items()} for f in (Panel, lambda table: part(table, 'answers')))
+
+        self.panels, self.told = (
+            {t: f(table) for t, table in tables.items()} for f in (Panel, lambda table: part(table, 'answers'))
+        )
         wide = dict(continuous_update=True, style=dict(description_width='80px'), layout=w.Layout(width='330px'))
         pick = dict(style=dict(description_width='50px'), layout=w.Layout(width='210px'))
         first = next(iter(self.panels.values()))
@@ -352,22 +518,48 @@ class Explorer:
             layer=w.Dropdown(options=sorted({m[0] for m in first.matrices}), description='layer', **pick),
             kind=w.Dropdown(options=sorted({m[1] for m in first.matrices}), description='matrix', **pick),
             rank=w.SelectionSlider(options=[(f'{100 * s:g} %', s) for s in first.shares], description='rank', **wide))
-        self.title, self.picture, self.answers = w.HTML(), w.Image(format='png', layout=w.Layout(width='100%', max_width='946px')), w.HTML()
+        self.title, self.picture, self.answers = (
+            w.HTML(),
+            w.Image(format='png', layout=w.Layout(width='100%', max_width='946px')),
+            w.HTML(),
+        )
         c = self.controls
         for name in ('task', 'stage'): c[name].observe(self._refill, 'value')
         for name in ('checkpoint', 'layer', 'kind', 'rank'): c[name].observe(self._show, 'value')
-        self.box = w.VBox([w.HBox([c['task'], c['stage'], c['checkpoint']], layout=w.Layout(flex_flow='row wrap')),
-                           w.HBox([c['layer'], c['kind'], c['rank']], layout=w.Layout(flex_flow='row wrap')), self.title, self.picture, self.answers])
-        self.quiet, c['checkpoint'].value, c['rank'].value = True, named(first.table)['SFT_MaxOOD'][1], min(first.shares, key=lambda s: abs(s - .25))
+        self.box = w.VBox(
+            [
+                w.HBox([c['task'], c['stage'], c['checkpoint']], layout=w.Layout(flex_flow='row wrap')),
+                w.HBox([c['layer'], c['kind'], c['rank']], layout=w.Layout(flex_flow='row wrap')),
+                self.title,
+                self.picture,
+                self.answers,
+            ]
+        )
+        self.quiet, c['checkpoint'].value, c['rank'].value = (
+            True,
+            named(first.table)['SFT_MaxOOD'][1],
+            min(first.shares, key=lambda s: abs(s - 0.25)),
+        )
         self._refill()
 
     def _refill(self, _=None):  # another task or stage has other checkpoints and matrices; keep what can be kept
         c, p = {k: v.value for k, v in self.controls.items()}, self.panels[self.controls['task'].value]
-        choices = dict(checkpoint=p.steps[c['stage']], layer=sorted({m[0] for m in p.matrices}), kind=sorted({m[1] for m in p.matrices}), rank=[(f'{100 * s:g} %', s) for s in p.shares])
+        choices = dict(
+            checkpoint=p.steps[c['stage']],
+            layer=sorted({m[0] for m in p.matrices}),
+            kind=sorted({m[1] for m in p.matrices}),
+            rank=[(f'{100 * s:g} %', s) for s in p.shares],
+        )
         self.quiet = True
         for name, options in choices.items():
             have, widget = [o[1] if isinstance(o, tuple) else o for o in options], self.controls[name]
-            keep = c[name] if c[name] in have else have[0] if isinstance(c[name], str) else min(have, key=lambda h: abs(h - c[name]))
+            keep = (
+                c[name]
+                if c[name] in have
+                else have[0]
+                if isinstance(c[name], str)
+                else min(have, key=lambda h: abs(h - c[name]))
+            )
             widget.options = options
             widget.value = keep
         self.quiet = False
@@ -378,7 +570,12 @@ class Explorer:
         c = {k: v.value for k, v in self.controls.items()}
         p = self.panels[c['task']].update(c['stage'], c['checkpoint'], (c['layer'], c['kind']), c['rank'])
         self.title.value = f"<b>{escape(title_of(p.table, c['stage'], c['checkpoint']))}</b>"
-        self.picture.value, self.answers.value = p.png(), answers_html(self.told, c['task'], c['stage'], c['checkpoint'])
+        self.picture.value, self.answers.value = (
+            p.png(),
+            answers_html(self.told, c['task'], c['stage'], c['checkpoint']),
+        )
 
     def _repr_mimebundle_(self, **kwargs):
-        return self.box._repr_mimebundle_(**kwargs) | {'text/plain': 'The explorer is shown here while a kernel runs: run this cell in JupyterLab.'}
+        return self.box._repr_mimebundle_(**kwargs) | {
+            'text/plain': 'The explorer is shown here while a kernel runs: run this cell in JupyterLab.'
+        }

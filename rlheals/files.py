@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUMS', 'Damaged', 'digest', 'record_of', 'sealed_in', 'incomplete', 'damaged', 'check', 'complete', 'remove',
-           'record_outputs', 'damaged_outputs', 'clear_unfinished', 'size', 'need_room']
+           'record_outputs', 'damaged_outputs', 'unfinished', 'clear_unfinished', 'size', 'need_room']
 
 # %% ../nbs/05b_files.ipynb #bb1c840f
 import hashlib, json, os, re, shutil, socket, uuid, zlib
@@ -28,12 +28,21 @@ def record_of(path) -> Path:
 
 def sealed_in(folder) -> list[Path]:
     "The files and directories inside a directory that have checksums (they themselves may be gone)."
-    return [r.parent if r.name == SUMS else r.with_name(r.name[1:-len('.sha256')]) for r in Path(folder).rglob('*') if r.name == SUMS or r.name.startswith('.') and r.suffix == '.sha256']
+    return [
+        r.parent if r.name == SUMS else r.with_name(r.name[1 : -len('.sha256')])
+        for r in Path(folder).rglob('*')
+        if r.name == SUMS or r.name.startswith('.') and r.suffix == '.sha256'
+    ]
+
 
 def _listed(record):  # name -> its checksums; None if the record cannot be read
-    lines, out = [re.fullmatch(r'([0-9a-f]{64})  (.+)', line) for line in record.read_text(errors='replace').splitlines()], {}
+    lines, out = (
+        [re.fullmatch(r'([0-9a-f]{64})  (.+)', line) for line in record.read_text(errors='replace').splitlines()],
+        {},
+    )
     if not lines or not all(lines): return None
-    for m in lines: out.setdefault(m[2], set()).add(m[1])  # a file has two for the moment in which one replaces the other
+    # a file has two for the moment in which one replaces the other
+    for m in lines: out.setdefault(m[2], set()).add(m[1])
     return out
 
 def incomplete(
@@ -46,7 +55,9 @@ def incomplete(
 def damaged(
     path,  # a finished file or directory
 ) -> list[Path]:
-    "The files that differ from their checksums, or are missing from a directory; none if there is no record. A record that cannot be read vouches for nothing: then it is the damage."
+    """The files that differ from their checksums, or are missing from a directory; none if there is no record.
+
+    A record that cannot be read vouches for nothing: then it is the damage."""
     path, record = Path(path), record_of(path)
     if not record.is_file(): return []
     said = _listed(record)
@@ -58,7 +69,11 @@ def check(
     remedy: str = 'delete it, and make it again',  # what to do if it is damaged
 ):
     "The path; `Damaged` if something in it differs from its checksum."
-    if bad := damaged(path): raise Damaged(f'{bad[0]} is damaged: it is not what was written there (SHA-256 differs from {record_of(path).name}): {remedy}')
+    if bad := damaged(path):
+        raise Damaged(
+            f'{bad[0]} is damaged: it is not what was written there (SHA-256 differs from {record_of(path).name}): '
+            f'{remedy}'
+        )
     return path
 
 # %% ../nbs/05b_files.ipynb #a4c7dabc
@@ -75,10 +90,15 @@ def complete(
     try:
         yield tmp
         if tmp.is_dir():
-            if sealed: (tmp/SUMS).write_text(''.join(f'{digest(f)}  {f.relative_to(tmp)}\n' for f in sorted(tmp.rglob('*')) if f.is_file()))
+            if sealed:
+                (tmp / SUMS).write_text(
+                    ''.join(f'{digest(f)}  {f.relative_to(tmp)}\n' for f in sorted(tmp.rglob('*')) if f.is_file())
+                )
             if path.is_dir(): shutil.rmtree(path)
             os.replace(tmp, path)
-        elif sealed:  # first the new checksum beside the old one, then the file, then the new one alone: at any moment the file has its own
+        elif sealed:
+            # first the new checksum beside the old one, then the file, then the new one alone: at any
+            # moment the file has its own
             record, line = record_of(path), f'{digest(tmp)}  {path.name}\n'
             old = record.read_text() if path.exists() and record.exists() else ''
             with complete(record) as r: r.write_text(old + line)
@@ -105,14 +125,26 @@ def record_outputs(files) -> dict[str, str]:
 def damaged_outputs(
     record,  # path of a JSON record
 ) -> list[Path]:
-    "The files that differ from what their record says (those that are not there are not damaged); the record itself, if it cannot be read."
+    """The files that differ from what their record says (those that are not there are not damaged); the record itself,
+    if it cannot be read."""
     try: outputs = json.loads(Path(record).read_text()).get('outputs', {})
     except (ValueError, AttributeError): return [Path(record)]
-    return [f for name, sha in outputs.items() for f in [Path(record).with_name(name)] if f.is_file() and digest(f) != sha]
+    return [
+        f for name, sha in outputs.items() for f in [Path(record).with_name(name)] if f.is_file() and digest(f) != sha
+    ]
 
 # %% ../nbs/05b_files.ipynb #755fe6aa
+def unfinished(path) -> list[Path]:
+    "What killed processes of this machine left of a file or directory that they were making."
+    import psutil
+    path = Path(path)
+    mine = re.compile(rf'\.{re.escape(path.stem)}\.{_here()}-(\d+)-[0-9a-f]{{4}}{re.escape(path.suffix)}')
+    found = ((f, mine.fullmatch(f.name)) for f in sorted(path.parent.glob('.*')))
+    return [f for f, m in found if m and not psutil.pid_exists(int(m[1]))]
+
 def clear_unfinished(folder) -> list[Path]:
-    "Remove what killed processes of this machine left half-written in a directory and those inside it; what was removed."
+    """Remove what killed processes of this machine left half-written in a directory and those inside it; what was
+    removed."""
     import psutil
     out = []
     for f in sorted(Path(folder).rglob('.*')):
@@ -138,4 +170,8 @@ def need_room(
     "`ValueError` if the disk has not so much room left."
     there = next(p for p in (Path(folder).resolve(), *Path(folder).resolve().parents) if p.exists())
     free = shutil.disk_usage(there).free
-    if free < n: raise ValueError(f'{what} need {size(n)}, and the disk of {there} has {size(free)} left: free some, or choose another directory with --runs')
+    if free < n:
+        raise ValueError(
+            f'{what} need {size(n)}, and the disk of {there} has {size(free)} left: free some, or choose another '
+            'directory'
+        )

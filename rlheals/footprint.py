@@ -24,19 +24,28 @@ Shape = namedtuple('Shape', 'layers hidden mlp heads kv_heads head_dim vocab par
 class UnknownShape(ValueError):
     "A model whose `config.json` is not here, or not that of a Llama-like model."
 
-CONFIGS = {'Qwen/Qwen2.5-7B-Instruct': 'qwen2.5-7b', 'meta-llama/Llama-3.2-11B-Vision-Instruct': 'llama3.2-11b'}  # that ship with the package
+# that ship with the package
+CONFIGS = {'Qwen/Qwen2.5-7B-Instruct': 'qwen2.5-7b', 'meta-llama/Llama-3.2-11B-Vision-Instruct': 'llama3.2-11b'}
 
 def _config(name):  # of a model
     path = find_model(name)
     if is_gguf(path):
         from transformers import AutoConfig
-        return AutoConfig.from_pretrained(Path(path).parent, gguf_file=Path(path).name, trust_remote_code=False).to_dict()
+
+        return AutoConfig.from_pretrained(
+            Path(path).parent, gguf_file=Path(path).name, trust_remote_code=False
+        ).to_dict()
     if Path(path).is_dir(): file = Path(path)/'config.json'
     elif str(path) in CONFIGS: file = ASSETS/'configs'/f'{CONFIGS[str(path)]}.json'
     else:
         from huggingface_hub import hf_hub_download
-        try: file = Path(hf_hub_download(str(path), 'config.json'))
-        except Exception as e: raise UnknownShape(f'the shape of {str(name)!r} is not known: its config.json is not here and cannot be had from the hub: give a directory that has it [{str(e).splitlines()[0]}]') from e
+        try:
+            file = Path(hf_hub_download(str(path), 'config.json'))
+        except Exception as e:
+            raise UnknownShape(
+                f'the shape of {str(name)!r} is not known: its config.json is not here and cannot be had from the hub: '
+                f'give a directory that has it [{str(e).splitlines()[0]}]'
+            ) from e
     found = json.loads(file.read_text())
     return found | found.get('text_config', {})
 
@@ -44,10 +53,15 @@ def _config(name):  # of a model
 def shape(
     name,  # as for `load_model`
 ) -> Shape:
-    "The shape of a Llama-like model (Llama, Qwen, Mistral, SmolLM ...), without its weights; of one that also sees, its language part."
+    """The shape of a Llama-like model (Llama, Qwen, Mistral, SmolLM ...), without its weights; of one that also sees,
+    its language part."""
     c = _config(name)
     wanted = ('num_hidden_layers', 'hidden_size', 'intermediate_size', 'num_attention_heads', 'vocab_size')
-    if missing := [k for k in wanted if k not in c]: raise UnknownShape(f"the config.json of {str(name)!r} has no {', '.join(missing)}: only the shapes of Llama-like models are known")
+    if missing := [k for k in wanted if k not in c]:
+        raise UnknownShape(
+            f"the config.json of {str(name)!r} has no {', '.join(missing)}: only the shapes of Llama-like models are "
+            "known"
+        )
     n, h, m, a, V = (c[k] for k in wanted)
     k, d = c.get('num_key_value_heads') or a, c.get('head_dim') or h // a
     extra = 8 if c.get('cross_attention_layers') else 0  # Mllama embeds eight tokens more than it can say
@@ -58,7 +72,8 @@ def shape(
     return Shape(n, h, m, a, k, d, V, total)
 
 # %% ../nbs/18e_footprint.ipynb #2b8d9583
-Lengths = namedtuple('Lengths', 'prompt answer followup shared')  # tokens, the longest of some; `shared`: what all prompts begin with
+# tokens, the longest of some; `shared`: what all prompts begin with
+Lengths = namedtuple('Lengths', 'prompt answer followup shared')
 
 @lru_cache(maxsize=64)  # asked for each job, when their times are estimated
 def lengths(
@@ -78,8 +93,17 @@ def lengths(
         same = len(_common(texts)) // 3
         return Lengths(third(texts) + 30, third(a for _, a in said), third(t[2] for t, _ in said) + 10, same)
     prompts = [encode(tok, t[:1]) for t, _ in said]
-    after = [len(encode(tok, t)) - len(p) - len(tok(t[1], add_special_tokens=False)['input_ids']) for (t, _), p in zip(said, prompts)]
-    return Lengths(max(map(len, prompts)), max(len(tok(a, add_special_tokens=False)['input_ids']) + 1 for _, a in said), max(after), len(_common(prompts)))
+    after = [
+        len(encode(tok, t)) - len(p) - len(tok(t[1], add_special_tokens=False)['input_ids'])
+        for (t, _), p in zip(said, prompts)
+    ]
+    return Lengths(
+        max(map(len, prompts)),
+        max(len(tok(a, add_special_tokens=False)['input_ids']) + 1 for _, a in said),
+        max(after),
+        len(_common(prompts)),
+    )
+
 
 def _common(xs):
     from os.path import commonprefix
@@ -89,7 +113,8 @@ def _common(xs):
 def _tokenizer(name):  # None where it is not on this machine
     from transformers import AutoTokenizer
     path = find_model(name)
-    if is_gguf(path): return AutoTokenizer.from_pretrained(Path(path).parent, gguf_file=Path(path).name, trust_remote_code=False)
+    if is_gguf(path):
+        return AutoTokenizer.from_pretrained(Path(path).parent, gguf_file=Path(path).name, trust_remote_code=False)
     try: return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError): return None
 
@@ -98,12 +123,14 @@ LIBRARIES = .6 * 2**30  # of Python, torch, transformers and TRL
 LOGITS = 5  # arrays of them, in float32
 KERNELS = .15 * 2**30  # times the logarithm of the number of passes, on a CPU (fitted to PPO: `tests/bench/memory.py`)
 MEASURED = ('sft', 'rl', 'grpo', 'baselines', 'evaluate')  # stages whose memory is planned
-Footprint = namedtuple('Footprint', 'parts total')  # `parts`: name -> bytes; of `activations` and `cache` only the larger counts in the total
+# `parts`: name -> bytes; of `activations` and `cache` only the larger counts in the total
+Footprint = namedtuple('Footprint', 'parts total')
 
 def _kept(s, L, fused):  # numbers that a layer keeps for the backward pass, per token of a sequence of length L
     return 7 * s.hidden + 3 * s.heads * s.head_dim + 4 * s.mlp + (0 if fused else s.heads * L)
 
-def _activations(s, rows, tokens, L, c, width, fused):  # bytes, of `tokens` of each of so many sequences that are L long
+# bytes, of `tokens` of each of so many sequences that are L long
+def _activations(s, rows, tokens, L, c, width, fused):
     layer = rows * tokens * _kept(s, L, fused) * width
     if not c['scale']['gradient_checkpointing']: return (s.layers + 2) * layer
     return s.layers * rows * tokens * s.hidden * width + 3 * layer
@@ -127,47 +154,93 @@ def footprint(
     out = dict(weights=s.parameters * b / shards)
     asks, new = c['task'].get('tries', 1), c['model']['max_new_tokens']
     context = n.prompt + (asks - 1) * (new + n.followup)  # after wrong answers as long as they may be
-    sampling = lambda rows: rows * (2 * s.layers * s.kv_heads * s.head_dim * (context + new) * width
-                                    + (context - n.shared) * width * (4 * s.hidden + 2 * s.mlp + 2 * s.heads * s.head_dim + (0 if gpu else 3 * s.heads * context)) + 3 * 4 * s.vocab)
-    if stage == 'evaluate': out |= dict(cache=sampling(min(c['eval']['episodes'], 512)))  # `generate` takes 512 at a time
+    sampling = lambda rows: (
+        rows
+        * (
+            2 * s.layers * s.kv_heads * s.head_dim * (context + new) * width
+            + (context - n.shared)
+            * width
+            * (4 * s.hidden + 2 * s.mlp + 2 * s.heads * s.head_dim + (0 if gpu else 3 * s.heads * context))
+            + 3 * 4 * s.vocab
+        )
+    )
+    # `generate` takes 512 at a time
+    if stage == 'evaluate': out |= dict(cache=sampling(min(c['eval']['episodes'], 512)))
     else:
         out |= dict(gradients=trained * b / shards, optimiser=2 * trained * b / shards)
         if mixed and shards == 1: out['autocast'] = 2 * s.parameters  # it keeps narrow copies
-        if shards > 1: gathered = (width * (2 * (s.parameters - 2 * s.vocab * s.hidden) / s.layers + 2 * s.vocab * s.hidden) * 2,  # two layers at a time, embeddings and head; weights and gradients
-                                   s.parameters * width)  # scoring and sampling gather all of them
+        # two layers at a time, embeddings and head; weights and gradients
+        if shards > 1:
+            gathered = (
+                width * (2 * (s.parameters - 2 * s.vocab * s.hidden) / s.layers + 2 * s.vocab * s.hidden) * 2,
+                s.parameters * width,
+            )  # scoring and sampling gather all of them
         r, g = c['rl'], c['grpo']
-        passes = dict(rl=r['updates'] * -(-r['envs'] * r['turns'] // r['micro_batch']), baselines=r['updates'] * -(-r['envs'] * r['turns'] // r['minibatch']), grpo=g['updates'] * -(-g['responses'] // g['minibatch']))
+        passes = dict(
+            rl=r['updates'] * -(-r['envs'] * r['turns'] // r['micro_batch']),
+            baselines=r['updates'] * -(-r['envs'] * r['turns'] // r['minibatch']),
+            grpo=g['updates'] * -(-g['responses'] // g['minibatch']),
+        )
         if not gpu and stage in passes: out['kernels'] = KERNELS * math.log(1 + passes[stage] / devices / 64)
         if stage in ('sft', 'baselines'):
-            rows, L = (min(c['sft']['batch_size'], c['sft']['examples']) if stage == 'sft' else r['minibatch']) // devices, n.prompt + n.answer
+            rows, L = (
+                (min(c['sft']['batch_size'], c['sft']['examples']) if stage == 'sft' else r['minibatch']) // devices,
+                n.prompt + n.answer,
+            )
             out['activations'] = _activations(s, rows, L, L, c, width, gpu) + LOGITS * rows * L * s.vocab * 4
             if stage == 'baselines': out['cache'] = sampling(r['envs'])  # in each process the same
         elif stage == 'grpo':
-            rows, L, context = shared_rows(c, devices) if devices > 1 else 1 if gpu else c['grpo']['minibatch'], n.prompt + new, n.prompt  # a GPU takes fewer where memory runs out
+            # a GPU takes fewer where memory runs out
+            rows, L, context = (
+                shared_rows(c, devices) if devices > 1 else 1 if gpu else c['grpo']['minibatch'],
+                n.prompt + new,
+                n.prompt,
+            )
             out['activations'] = _activations(s, rows, L, L, c, width, gpu) + LOGITS * rows * new * s.vocab * 4
             out['cache'] = sampling(c['grpo']['responses'] // devices)
         else:
             if r['log_kl']: out['start'] = s.parameters * b / shards
             rows, L = min(r['micro_batch'], -(-r['minibatch'] // devices)), context + new
             shared = 0 if c['scale']['gradient_checkpointing'] else n.shared  # see `score`
-            out['activations'] = _activations(s, rows, L - shared, L, c, width, gpu) + _activations(s, 1, shared, shared, c, width, gpu) + \
-                s.layers * rows * shared * 2 * (s.heads + s.kv_heads) * s.head_dim * width + LOGITS * rows * new * s.vocab * 4
-            out['cache'] = sampling(-(-r['envs'] // devices)) if r['engine'] != 'vllm' else max(.3 * room, 2 * s.parameters)
+            out['activations'] = (
+                _activations(s, rows, L - shared, L, c, width, gpu)
+                + _activations(s, 1, shared, shared, c, width, gpu)
+                + s.layers * rows * shared * 2 * (s.heads + s.kv_heads) * s.head_dim * width
+                + LOGITS * rows * new * s.vocab * 4
+            )
+            out['cache'] = (
+                sampling(-(-r['envs'] // devices)) if r['engine'] != 'vllm' else max(0.3 * room, 2 * s.parameters)
+            )
     out = {k: float(v) for k, v in out.items()}
-    if room and gpu and 'cache' in out and (stage != 'rl' or c['rl']['engine'] != 'vllm'):  # it takes fewer at a time where memory runs out
-        out['cache'] = max(min(out['cache'], room - gathered[1] - sum(v for k, v in out.items() if k not in ('activations', 'cache'))), sampling(1))
-    if not gpu: out |= dict(libraries=LIBRARIES, **{'saving' if stage != 'evaluate' else 'reading': s.parameters * b})  # safetensors copies all of it to write it, and reading maps the file
+    # it takes fewer at a time where memory runs out
+    if room and gpu and 'cache' in out and (stage != 'rl' or c['rl']['engine'] != 'vllm'):
+        out['cache'] = max(
+            min(out['cache'], room - gathered[1] - sum(v for k, v in out.items() if k not in ('activations', 'cache'))),
+            sampling(1),
+        )
+    # safetensors copies all of it to write it, and reading maps the file
+    if not gpu: out |= dict(libraries=LIBRARIES, **{'saving' if stage != 'evaluate' else 'reading': s.parameters * b})
     train, sample = (out.get(k, 0) + g for k, g in zip(('activations', 'cache'), gathered))
     if any(gathered): out['gathered'] = gathered[train < sample]
-    return Footprint(out, sum(v for k, v in out.items() if k not in ('activations', 'cache', 'gathered')) + max(train, sample))
+    return Footprint(
+        out, sum(v for k, v in out.items() if k not in ('activations', 'cache', 'gathered')) + max(train, sample)
+    )
+
 
 def _lora(s, rank):  # trained parameters of adapters on all linear layers
     q, k = s.heads * s.head_dim, s.kv_heads * s.head_dim
     return s.layers * rank * (2 * (s.hidden + q) + 2 * (s.hidden + k) + 3 * (s.hidden + s.mlp))
 
 # %% ../nbs/18e_footprint.ipynb #eb37b49c
-Device = namedtuple('Device', 'memory flops bandwidth')  # bytes; operations and bytes a second, as its maker says (dense bfloat16)
-GPUS = dict(h200=Device(140 * 2**30, 989e12, 4.8e12), h100=Device(79 * 2**30, 989e12, 3.35e12), a100=Device(79 * 2**30, 312e12, 2.04e12), l40s=Device(44 * 2**30, 362e12, .864e12), rtx4090=Device(23.5 * 2**30, 165e12, 1.01e12))
+# bytes; operations and bytes a second, as its maker says (dense bfloat16)
+Device = namedtuple('Device', 'memory flops bandwidth')
+GPUS = dict(
+    h200=Device(140 * 2**30, 989e12, 4.8e12),
+    h100=Device(79 * 2**30, 989e12, 3.35e12),
+    a100=Device(79 * 2**30, 312e12, 2.04e12),
+    l40s=Device(44 * 2**30, 362e12, 0.864e12),
+    rtx4090=Device(23.5 * 2**30, 165e12, 1.01e12),
+)
 REACHED = .35  # of a device's operations, in training
 SVD = .15, .001  # in singular value decompositions: on a CPU, on a GPU
 LAUNCH = 4e-4  # seconds for a layer's kernels on a GPU
@@ -194,18 +267,28 @@ def seconds_of(
 ) -> float:
     "About how long a stage takes, with all its parts one after the other, for one task and seed."
     c, s, n = run.config, shape(run.base), lengths(run)
-    rate, width, vllm = devices * device.flops * REACHED, 2 if 'bfloat16' in (c['scale']['precision'], c['model']['dtype']) else 4, c['rl']['engine'] == 'vllm'
+    rate, width, vllm = (
+        devices * device.flops * REACHED,
+        2 if 'bfloat16' in (c['scale']['precision'], c['model']['dtype']) else 4,
+        c['rl']['engine'] == 'vllm',
+    )
     new, asks, P, r = min(c['model']['max_new_tokens'], 2 * n.answer), c['task'].get('tries', 1), s.parameters, c['rl']
     back = 8 if c['scale']['gradient_checkpointing'] else 6
     context = n.prompt + (asks - 1) / 2 * (new + n.followup)  # on average
     def answers(rows, many):  # seconds to write so many answers at a time
-        step = max(P * width / device.bandwidth, -(-rows // many) * 2 * P / (device.flops * REACHED)) + s.layers * (LAUNCH if gpu and not vllm else 0)
+        step = max(P * width / device.bandwidth, -(-rows // many) * 2 * P / (device.flops * REACHED)) + s.layers * (
+            LAUNCH if gpu and not vllm else 0
+        )
         return rows * (context - n.shared) * 2 * P / rate + new * step
     evaluation = 2 * asks * answers(c['eval']['episodes'], 1)
     train = lambda rows, L: rows * L * back * P / rate
     sft = train(c['sft']['max_steps'] * c['sft']['batch_size'], n.prompt + n.answer)
     responses = r['updates'] * r['envs'] * r['turns']
-    rl = r['updates'] * r['turns'] * answers(r['envs'], devices) + train(responses * r['epochs'], context - n.shared + new) + responses * (context + new) * 2 * P * (1 + r['log_kl']) / rate
+    rl = (
+        r['updates'] * r['turns'] * answers(r['envs'], devices)
+        + train(responses * r['epochs'], context - n.shared + new)
+        + responses * (context + new) * 2 * P * (1 + r['log_kl']) / rate
+    )
     losses = len(c['sft']['checkpoints']) * 3 * c['sft']['test_examples'] * (n.prompt + n.answer) * 2 * P / rate
     svd = 20 * s.layers * s.hidden**2 * (4 * s.hidden + 3 * s.mlp) / (device.flops * SVD[gpu])  # of a model
     from rlheals.surgery import surgery_plan
@@ -214,19 +297,30 @@ def seconds_of(
     if stage == 'grpo':
         g = c['grpo']
         said = g['updates'] * g['responses']
-        return len(g['starts']) * (g['updates'] * (answers(g['responses'], devices) + g['responses'] * n.shared * 2 * P / rate) + train(said * g['epochs'], n.prompt + new) + said * (n.prompt + new) * 2 * P / rate)
-    if stage == 'evaluate': return evaluation * (len(c['sft']['checkpoints']) + len(r['starts']) + len(c['grpo']['starts']))
-    if stage == 'surgery': return sum(len(surgery_plan(w, c['surgery'], s.layers)) for w in ('rank', 'layers', 'impose')) * evaluation + 4 * svd
+        return len(g['starts']) * (
+            g['updates'] * (answers(g['responses'], devices) + g['responses'] * n.shared * 2 * P / rate)
+            + train(said * g['epochs'], n.prompt + new)
+            + said * (n.prompt + new) * 2 * P / rate
+        )
+    if stage == 'evaluate':
+        return evaluation * (len(c['sft']['checkpoints']) + len(r['starts']) + len(c['grpo']['starts']))
+    if stage == 'surgery':
+        return (
+            sum(len(surgery_plan(w, c['surgery'], s.layers)) for w in ('rank', 'layers', 'impose')) * evaluation
+            + 4 * svd
+        )
     if stage == 'spectra': return 4 * svd
     if stage == 'drift': return 2 * 3 * c['drift']['prompts'] * (n.prompt + n.answer) * 2 * P / rate
-    if stage == 'baselines': return 2 * len(c['baselines']['starts']) * (train(responses * r['epochs'], n.prompt + n.answer) + evaluation)
+    if stage == 'baselines':
+        return 2 * len(c['baselines']['starts']) * (train(responses * r['epochs'], n.prompt + n.answer) + evaluation)
     raise ValueError(f"there is no stage {stage!r}: use one of {', '.join(STAGES)}")
 
 def disk_of(
     run: Run,
     stage: str,
 ) -> float:  # bytes
-    "What a stage leaves on the disk for one task and seed: checkpoints (and, until RL from a checkpoint is over, its state)."
+    """What a stage leaves on the disk for one task and seed: checkpoints (and, until RL from a checkpoint is over, its
+    state)."""
     c, P = run.config, shape(run.base).parameters
     weights = P * DTYPES[c['model']['dtype']]
     if stage == 'sft': return len(c['sft']['checkpoints']) * weights
@@ -248,10 +342,28 @@ def check_footprint(
         part, most = max(((k, v) for k, v in f.parts.items() if k != 'libraries'), key=lambda kv: kv[1])
         ways = ['more or larger GPUs' if gpu else 'a machine with more memory']
         if part in ('weights', 'gradients', 'optimiser', 'start', 'gathered', 'autocast'):
-            ways += ['lora.rank=16' + ' with scale.sharding=none' * (run.config['scale']['sharding'] != 'none')] * (not run.config['lora']['rank']) + ['scale.sharding=fsdp2'] * (devices > 1 and run.config['scale']['sharding'] == 'none')
-        elif part == 'activations': ways += [dict(sft='a smaller sft.batch_size', baselines='a smaller rl.minibatch', rl='a smaller rl.micro_batch', grpo='a smaller ' + ('rl.micro_batch' if devices > 1 else 'grpo.minibatch'))[stage]] + ['scale.gradient_checkpointing=true'] * (not run.config['scale']['gradient_checkpointing'])
-        elif part == 'cache': ways += [dict(evaluate='fewer eval.episodes', grpo='fewer grpo.responses').get(stage, 'fewer rl.envs'), 'a smaller model.max_new_tokens']
-        raise ValueError(f"{run.profile} does not fit: {stage} takes {f.total / 2**30:.1f} GiB on each of {devices} device{'s' * (devices > 1)} with {device.memory / 2**30:.1f} GiB, most of it {part} ({most / 2**30:.1f} GiB): use {', or '.join(ways)}")
+            ways += ['lora.rank=16' + ' with scale.sharding=none' * (run.config['scale']['sharding'] != 'none')] * (
+                not run.config['lora']['rank']
+            ) + ['scale.sharding=fsdp2'] * (devices > 1 and run.config['scale']['sharding'] == 'none')
+        elif part == 'activations':
+            ways += [
+                dict(
+                    sft='a smaller sft.batch_size',
+                    baselines='a smaller rl.minibatch',
+                    rl='a smaller rl.micro_batch',
+                    grpo='a smaller ' + ('rl.micro_batch' if devices > 1 else 'grpo.minibatch'),
+                )[stage]
+            ] + ['scale.gradient_checkpointing=true'] * (not run.config['scale']['gradient_checkpointing'])
+        elif part == 'cache':
+            ways += [
+                dict(evaluate='fewer eval.episodes', grpo='fewer grpo.responses').get(stage, 'fewer rl.envs'),
+                'a smaller model.max_new_tokens',
+            ]
+        raise ValueError(
+            f"{run.profile} does not fit: {stage} takes {f.total / 2**30:.1f} GiB on each of {devices} "
+            f"device{'s' * (devices > 1)} with {device.memory / 2**30:.1f} GiB, most of it {part} ({most / 2**30:.1f} "
+            f"GiB): use {', or '.join(ways)}"
+        )
 
 # %% ../nbs/18e_footprint.ipynb #b2c2f16c
 @lru_cache(maxsize=1)
@@ -261,19 +373,26 @@ def this_device() -> tuple[Device, int]:
     if pick_device('auto') != 'cuda': return this_cpu(), 0
     import torch
     found = torch.cuda.get_device_name().lower().replace(' ', '')
-    return next((d for n, d in GPUS.items() if n in found), GPUS['a100'])._replace(memory=memory('cuda')), torch.cuda.device_count()
+    return next((d for n, d in GPUS.items() if n in found), GPUS['a100'])._replace(
+        memory=memory('cuda')
+    ), torch.cuda.device_count()
+
 
 def plan_for(
     run: Run,
     gpus: int = 0,  # that share the work (0: those of this machine, or its processors)
     gpu: str = '',  # one of `GPUS` (default: the one that is here)
 ) -> tuple[Run, Device, int, bool]:
-    "(the run as it would be set for these devices, one of them, how many, are they GPUs?); `ValueError` says which GPUs are known."
+    """(the run as it would be set for these devices, one of them, how many, are they GPUs?); `ValueError` says which
+    GPUs are known."""
     if gpu and gpu not in GPUS: raise ValueError(f"there is no GPU {gpu!r} in the table: use one of {', '.join(GPUS)}")
     if gpu: device = GPUS[gpu]
     else:
         device, have = this_device()
-        if gpus and not have: raise ValueError(f'--gpus {gpus}: this machine has no GPU, so say which one is meant: --gpu {", ".join(GPUS)}')
+        if gpus and not have:
+            raise ValueError(
+                f'--gpus {gpus}: this machine has no GPU, so say which one is meant: --gpu {", ".join(GPUS)}'
+            )
         gpus = gpus or have
     shape(run.base)  # raises what is wrong before any table is drawn
     n = max(gpus, 1) if gpu or gpus else max(run.config['sft']['processes'], run.config['rl']['processes'])

@@ -36,9 +36,12 @@ def train_grpo(
     seed: int = 0,
     progress=lambda done, total: None,  # called after each update
     track=None,  # takes a step and a dict of what to follow there (see `tracker`)
-    micro_batch: int = 0,  # responses that go through the model at a time (0: the minibatch, or a process's share of it)
+    # responses that go through the model at a time (0: the minibatch, or a process's share of it)
+    micro_batch: int = 0,
 ):
-    "GRPO in place; the log: one row per update and metric. A gradient that is not finite is a `FloatingPointError`, and the weights are left as they were before it."
+    """GRPO in place; the log: one row per update and metric.
+
+    A gradient that is not finite is a `FloatingPointError`, and the weights are left as they were before it."""
     import pandas as pd
     from accelerate.utils import gather_object
     from datasets import Dataset
@@ -46,10 +49,17 @@ def train_grpo(
     from trl import GRPOConfig, GRPOTrainer
     c, chat, rows = settings, bool(tokenizer.chat_template), []
     if c['responses'] % c['minibatch'] or c['minibatch'] % c['generations']:
-        raise ValueError(f"grpo.responses={c['responses']} must be a multiple of grpo.minibatch={c['minibatch']}, and that of grpo.generations={c['generations']}")
+        raise ValueError(
+            f"grpo.responses={c['responses']} must be a multiple of grpo.minibatch={c['minibatch']}, and that of "
+            f"grpo.generations={c['generations']}"
+        )
     n = processes(model.device.type).num_processes
     micro_batch = micro_batch or c['minibatch'] // n
-    if c['minibatch'] % (micro_batch * n): raise ValueError(f"grpo.minibatch={c['minibatch']} cannot be shared by {n} processes, {micro_batch} at a time: choose a multiple of {micro_batch * n}")
+    if c['minibatch'] % (micro_batch * n):
+        raise ValueError(
+            f"grpo.minibatch={c['minibatch']} cannot be shared by {n} processes, {micro_batch} at a time: choose a "
+            f"multiple of {micro_batch * n}"
+        )
     per_update = c['responses'] // c['minibatch'] * c['epochs']  # optimiser steps
     problems = training_problems(task, c['updates'] * c['responses'] // c['generations'], seed)
     as_turn = lambda text: [dict(role='user', content=text)] if chat else text
@@ -70,9 +80,21 @@ def train_grpo(
         def on_log(self, args, state, control, logs, **kw):
             if 'reward' not in logs: return
             update = (state.global_step - 1) // per_update
-            got = dict(success=float(np.mean([v.correct for v in said])), first_try=float(np.mean([v.correct for v in said])), reward=logs['reward'], entropy=logs['entropy'],
-                       clip_fraction=logs['clip_ratio/region_mean'], gradient_norm=float(logs['grad_norm']), response_tokens=logs['completions/mean_length'],
-                       learning_rate=logs['learning_rate'], policy_loss=logs['loss'], **{f'reward_{k}': sum(v.parts.get(k, 0.) for v in said) / len(said) for k in sorted({k for v in said for k in v.parts})})
+            got = dict(
+                success=float(np.mean([v.correct for v in said])),
+                first_try=float(np.mean([v.correct for v in said])),
+                reward=logs['reward'],
+                entropy=logs['entropy'],
+                clip_fraction=logs['clip_ratio/region_mean'],
+                gradient_norm=float(logs['grad_norm']),
+                response_tokens=logs['completions/mean_length'],
+                learning_rate=logs['learning_rate'],
+                policy_loss=logs['loss'],
+                **{
+                    f'reward_{k}': sum(v.parts.get(k, 0.0) for v in said) / len(said)
+                    for k in sorted({k for v in said for k in v.parts})
+                },
+            )
             rows.extend(dict(update=update, metric=k, value=v) for k, v in got.items())
             if track: track(state.global_step, got)
 
@@ -84,11 +106,34 @@ def train_grpo(
 
     with tempfile.TemporaryDirectory() as scratch:
         args = GRPOConfig(
-            output_dir=scratch, max_steps=c['updates'] * per_update, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=c['minibatch'] // (micro_batch * n), generation_batch_size=c['responses'],
-            num_generations=c['generations'], num_iterations=c['epochs'], max_completion_length=max_new_tokens, temperature=c['temperature'],
-            learning_rate=c['learning_rate'], lr_scheduler_type=c['schedule'], epsilon=c['clip'], beta=c['beta'], max_grad_norm=c['max_grad_norm'],
-            adam_epsilon=c['adam_eps'], weight_decay=0., seed=seed, data_seed=seed, shuffle_dataset=False, logging_steps=1,
-            save_strategy='no', report_to='none', disable_tqdm=True, use_cpu=model.device.type == 'cpu', bf16=False, activation_checkpointing=False, dataloader_pin_memory=False)
+            output_dir=scratch,
+            max_steps=c['updates'] * per_update,
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=c['minibatch'] // (micro_batch * n),
+            generation_batch_size=c['responses'],
+            num_generations=c['generations'],
+            num_iterations=c['epochs'],
+            max_completion_length=max_new_tokens,
+            temperature=c['temperature'],
+            learning_rate=c['learning_rate'],
+            lr_scheduler_type=c['schedule'],
+            epsilon=c['clip'],
+            beta=c['beta'],
+            max_grad_norm=c['max_grad_norm'],
+            adam_epsilon=c['adam_eps'],
+            weight_decay=0.0,
+            seed=seed,
+            data_seed=seed,
+            shuffle_dataset=False,
+            logging_steps=1,
+            save_strategy='no',
+            report_to='none',
+            disable_tqdm=True,
+            use_cpu=model.device.type == 'cpu',
+            bf16=False,
+            activation_checkpointing=False,
+            dataloader_pin_memory=False,
+        )
         trainer = Trainer(model, reward, args, train_dataset=data, processing_class=tokenizer, callbacks=[Log()])
         trainer.remove_callback(PrinterCallback)  # what it would print is in the table
         trainer.train()
@@ -99,7 +144,9 @@ def shared_rows(
     c: dict,  # settings of a run
     n: int,  # processes
 ) -> int:
-    "How many responses go through a sharded model at a time, in each process: at most `rl.micro_batch`. (Where one runs out of memory, all stop: there is no second try.)"
+    """How many responses go through a sharded model at a time, in each process: at most `rl.micro_batch`.
+
+    (Where one runs out of memory, all stop: there is no second try.)"""
     mine = c['grpo']['minibatch'] // n
     return next(k for k in range(min(c['rl']['micro_batch'], mine), 0, -1) if mine % k == 0)
 
@@ -117,7 +164,22 @@ def grpo_stage(
         model, tok = load_start(run, start)
         need_room(run.dir, 2 * weight_bytes(model), f'the checkpoint of {name}')
         with tracker(run, name) as track, keep_stopped(run, name, model, tok):
-            return train_grpo(model, tok, run.task(), c['grpo'], c['model']['max_new_tokens'], hash64(run.seed, 'grpo', start) % 2**31, progress, track, rows), model, tok
+            return (
+                train_grpo(
+                    model,
+                    tok,
+                    run.task(),
+                    c['grpo'],
+                    c['model']['max_new_tokens'],
+                    hash64(run.seed, 'grpo', start) % 2**31,
+                    progress,
+                    track,
+                    rows,
+                ),
+                model,
+                tok,
+            )
+
     if us.num_processes == 1: (log, model, tok), _ = halving(attempt, c['grpo']['minibatch'], 'GRPO begins anew, and')
     else: log, model, tok = attempt(shared_rows(c, us.num_processes))
     keep_end(run, 'grpo', start, model, tok, grpo=log)

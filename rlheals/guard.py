@@ -33,7 +33,8 @@ def holder(base) -> dict | None:  # pid, host, since (seconds since 1970), comma
     except psutil.Error: return None
 
 def workers(base) -> list:  # of `psutil.Process`
-    "The processes of this machine that were started for a run in this directory; not this one, nor those it was started by."
+    """The processes of this machine that were started for a run in this directory; not this one, nor those it was
+    started by."""
     import psutil
     me, out = psutil.Process(), []
     ours = {me.pid, *(p.pid for p in me.parents())}
@@ -74,13 +75,24 @@ def cancel_jobs(
     base,
     wait: float = 180,  # seconds for them to end
 ) -> int:
-    "Take a run's jobs out of SLURM's queue, and wait until they are gone; how many there were. A note, `.queue`, says that there may be some."
+    """Take a run's jobs out of SLURM's queue, and wait until they are gone; how many there were.
+
+    A note, `.queue`, says that there may be some."""
     note, until = Path(base)/'.queue', time.time() + wait
     if not note.exists(): return 0
-    try: left = first = queued(base)
-    except ChainError as e: raise ChainError(f'jobs of a run in {base} may still be in a queue. {e}. Try it where squeue works; if that cluster is no more, delete {note}') from e
+    try:
+        left = first = queued(base)
+    except ChainError as e:
+        raise ChainError(
+            f'jobs of a run in {base} may still be in a queue. {e}. Try it where squeue works; if that cluster is no '
+            f'more, delete {note}'
+        ) from e
     while left:
-        if time.time() > until: raise ChainError(f"SLURM's jobs {', '.join(left)} work in {base} and do not end: see squeue, and try again when they are gone")
+        if time.time() > until:
+            raise ChainError(
+                f"SLURM's jobs {', '.join(left)} work in {base} and do not end: see squeue, and try again when they "
+                "are gone"
+            )
         _ask('scancel', *left); time.sleep(1)
         left = queued(base)
     note.unlink()
@@ -91,21 +103,36 @@ def check_executor(
     partition: str = '',  # that jobs are meant for
 ):
     "`ValueError` unless jobs can be run so from here."
-    if name not in ('local', 'slurm'): raise ValueError(f'there is no executor {name!r}: use local or slurm (others, like kubernetes, by calling Snakemake: nbs/cluster.ipynb)')
+    if name not in ('local', 'slurm'):
+        raise ValueError(
+            f'there is no executor {name!r}: use local or slurm (others, like kubernetes, by calling Snakemake: '
+            'nbs/cluster.ipynb)'
+        )
     if name == 'local': return
-    if find_spec('snakemake_executor_plugin_slurm') is None: raise ValueError("--executor slurm needs the package snakemake-executor-plugin-slurm: pip install 'rlheals[slurm]'")
+    if find_spec('snakemake_executor_plugin_slurm') is None:
+        raise ValueError(
+            "--executor slurm needs the package snakemake-executor-plugin-slurm: pip install 'rlheals[slurm]'"
+        )
     if missing := [c for c in ('sbatch', 'squeue', 'scancel', 'sinfo') if not shutil.which(c)]:
-        raise ValueError(f"--executor slurm needs SLURM's {', '.join(missing)}, which this machine has not: run it on a login node of a cluster, or try it on one machine with .ci/slurm")
+        raise ValueError(
+            f"--executor slurm needs SLURM's {', '.join(missing)}, which this machine has not: run it on a login node "
+            "of a cluster, or try it on one machine with .ci/slurm"
+        )
     try: there = _ask('sinfo', '--noheader', '--format=%R').split()
     except ChainError as e: raise ValueError(f'--executor slurm: {e}') from e
-    if partition and partition not in there: raise ValueError(f"cluster.partition={partition!r} is no partition of this cluster: use one of {', '.join(there)}")
+    if partition and partition not in there:
+        raise ValueError(
+            f"cluster.partition={partition!r} is no partition of this cluster: use one of {', '.join(there)}"
+        )
+
 
 @contextmanager
 def hold(
     base,  # the run's directory
     say=print,  # takes one line of text
 ):
-    "Be the only one who works in a directory, and put in order what a killed run left; `ChainError` says who else does, or why one cannot write there."
+    """Be the only one who works in a directory, and put in order what a killed run left; `ChainError` says who else
+    does, or why one cannot write there."""
     import psutil
     from filelock import FileLock, Timeout
     base = Path(base)
@@ -115,25 +142,49 @@ def hold(
         lock = FileLock(base/'.lock', timeout=0).acquire()
     except Timeout as e:
         who = holder(base)
-        by = f"process {who['pid']} on {who['host']} ({who['command']}), since {time.strftime('%d %b %H:%M', time.localtime(who['since']))}" if who else 'another process'
+        by = (
+            f"process {who['pid']} on {who['host']} ({who['command']}), since "
+            f"{time.strftime('%d %b %H:%M', time.localtime(who['since']))}"
+            if who
+            else 'another process'
+        )
         raise ChainError(f'{base} is in use by {by}: wait for it, or choose another --runs') from e
-    except OSError as e: raise ChainError(f'cannot write in {base} ({e.strerror}): make room or give the right to write there, or choose another directory with --runs') from e
+    except OSError as e:
+        raise ChainError(
+            f'cannot write in {base} ({e.strerror}): make room or give the right to write there, or choose another '
+            'directory with --runs'
+        ) from e
     with lock:
         if n := end_workers(base): say(f'ended {n} processes that a killed run had left in {base}')
         if n := cancel_jobs(base): say(f'cancelled {n} SLURM jobs that a killed run had left in {base}')
         clear_unfinished(base)
         with complete(base/'.holder') as tmp:
-            tmp.write_text(json.dumps(dict(pid=os.getpid(), began=psutil.Process().create_time(), host=socket.gethostname(), since=time.time(), command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:300])))
+            tmp.write_text(
+                json.dumps(
+                    dict(
+                        pid=os.getpid(),
+                        began=psutil.Process().create_time(),
+                        host=socket.gethostname(),
+                        since=time.time(),
+                        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:300],
+                    )
+                )
+            )
         try: yield
         finally:
-            with suppress(OSError): (base/'.holder').unlink()  # where one cannot write any more, the error that stopped the run is the one to say
+            # where one cannot write any more, the error that stopped the run is the one to say
+            with suppress(OSError): (base/'.holder').unlink()
 
 @contextmanager
 def terminable():
-    "Let SIGTERM and SIGHUP (of a scheduler, of a closed terminal) end this process as Ctrl-C does, so that it can end what it started."
+    """Let SIGTERM and SIGHUP (of a scheduler, of a closed terminal) end this process as Ctrl-C does, so that it can end
+    what it started."""
     if threading.current_thread() is not threading.main_thread(): yield; return
     def stop(number, frame): raise SystemExit(128 + number)
-    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) == signal.SIG_DFL}  # nohup has SIGHUP ignored
+    # nohup has SIGHUP ignored
+    before = {
+        s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) == signal.SIG_DFL
+    }
     try: yield
     finally:
         for s, old in before.items(): signal.signal(s, old)
@@ -142,7 +193,8 @@ def terminable():
 def finished(home) -> list[Path]:
     "The checkpoints and tables in a directory that have checksums; of what is only kept for a restart, none."
     paths = [p for p in sealed_in(home) if not {'partial', 'svd'} & set(p.relative_to(home).parts)]
-    return sorted(p for p in paths if p.is_file() or p.is_dir() and any(map(is_weights, p.iterdir())))  # one that was deleted is made again anyway
+    # one that was deleted is made again anyway
+    return sorted(p for p in paths if p.is_file() or p.is_dir() and any(map(is_weights, p.iterdir())))
 
 def find_damaged(
     homes,  # directories of tasks and seeds
@@ -176,9 +228,13 @@ def least_memory(
     run: Run,
     parameters: int,  # of the model
 ) -> int:  # bytes
-    "The least memory that a training stage of a run takes: weights, gradients, Adam's moments, and RL's copy of the start, or a device's share of these (mixed precision aside)."
+    """The least memory that a training stage of a run takes: weights, gradients, Adam's moments, and RL's copy of the
+    start, or a device's share of these (mixed precision aside)."""
     c = run.config
-    copies, shards = (1 if c['lora']['rank'] else 4) + c['rl']['log_kl'], 1 if c['scale']['sharding'] == 'none' else min(c['sft']['processes'], c['rl']['processes'])
+    copies, shards = (
+        (1 if c['lora']['rank'] else 4) + c['rl']['log_kl'],
+        1 if c['scale']['sharding'] == 'none' else min(c['sft']['processes'], c['rl']['processes']),
+    )
     return copies * parameters * DTYPES[c['model']['dtype']] // shards
 
 def check_memory(
@@ -190,5 +246,14 @@ def check_memory(
     device = pick_device(run.config['model']['device'])
     have, one = memory(device), least_memory(run, count)
     where = 'this GPU' if device.startswith('cuda') else 'this machine'
-    if one > have: raise ValueError(f"model.name={run.base} has {count:.3g} parameters: training takes at least {size(one)} of memory, and {where} has {size(have)}: choose a smaller model, lora.rank=16 or model.dtype=bfloat16, or a larger machine")
-    if one * jobs > have: raise ValueError(f'{jobs} jobs side by side take at least {size(one * jobs)} of memory, and {where} has {size(have)}: use --jobs {int(have // one)}')
+    if one > have:
+        raise ValueError(
+            f"model.name={run.base} has {count:.3g} parameters: training takes at least {size(one)} of memory, and "
+            f"{where} has {size(have)}: choose a smaller model, lora.rank=16 or model.dtype=bfloat16, or a larger "
+            "machine"
+        )
+    if one * jobs > have:
+        raise ValueError(
+            f'{jobs} jobs side by side take at least {size(one * jobs)} of memory, and {where} has {size(have)}: use '
+            f'--jobs {int(have // one)}'
+        )

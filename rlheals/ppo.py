@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 from .files import complete, damaged, need_room, remove
-from .models import add_lora, check_finite, encode, halving, in_parts, is_lora, load_model, rounded, save_model, set_up_torch, shared_start, weight_bytes
+from .models import (add_lora, cache_argument, check_finite, encode, halving, in_parts, is_lora, load_model,
+                            rounded, save_model, set_up_torch, shared_start, weight_bytes)
 from .profiles import Run, keep_stopped, launch, tracker
 from .rollout import answer_all, vllm_engine
 from .sharding import computing, gathered, in_step, is_sharded, over_all, own, processes, recompute, with_weights
@@ -39,9 +40,17 @@ def gae(
 def value_head(
     hidden: int,  # width of the model
 ):
-    "MLP (h, h/4, h/8, 1) with ReLU; starts at zero (`train_ppo` then gives it the constant that fits the first update)."
+    """MLP (h, h/4, h/8, 1) with ReLU; starts at zero (`train_ppo` then gives it the constant that fits the first
+    update)."""
     from torch import nn
-    head = nn.Sequential(nn.Linear(hidden, hidden // 4), nn.ReLU(), nn.Linear(hidden // 4, hidden // 8), nn.ReLU(), nn.Linear(hidden // 8, 1))
+
+    head = nn.Sequential(
+        nn.Linear(hidden, hidden // 4),
+        nn.ReLU(),
+        nn.Linear(hidden // 4, hidden // 8),
+        nn.ReLU(),
+        nn.Linear(hidden // 8, 1),
+    )
     nn.init.zeros_(head[-1].weight); nn.init.zeros_(head[-1].bias)
     return head
 
@@ -72,20 +81,27 @@ def _passed(model, contexts, answers, temperature):  # ... and the last hidden s
     from torch.nn.utils.rnn import pad_sequence
     from transformers import DynamicCache
     device, trunk = model.device, model.get_base_model().base_model if is_lora(model) else model.base_model
-    # sharded, a layer's weights are there for the gradients of one pass, not for those that come back through the cache of another
+    # sharded, a layer's weights are there for the gradients of one pass, not for those that come back through the
+    # cache of another
     shared, past = 0 if model.is_activation_checkpointing or is_sharded(model) else shared_start(model, contexts), None
     if shared:  # what all prompts begin with goes through the model once; its gradient comes back through the cache
         past = DynamicCache(config=model.config)
-        trunk(input_ids=torch.tensor([contexts[0][:shared]], device=device), past_key_values=past, use_cache=True)
+        trunk(
+            input_ids=torch.tensor([contexts[0][:shared]], device=device), **cache_argument(trunk, past), use_cache=True
+        )
         past.batch_repeat_interleave(rounded(len(contexts)))
     rows = [torch.tensor(c[shared:] + a, device=device) for c, a in zip(contexts, answers)]
     ids = pad_sequence(rows, batch_first=True)  # (B, L), padded on the right: causal attention never sees it
-    # sizes that come again keep memory from growing (see `rounded`); but zeros between a gradient's rows, not only after them, would change its last bits
+    # sizes that come again keep memory from growing (see `rounded`); but zeros between a gradient's rows, not
+    # only after them, would change its last bits
     longer = 0 if torch.is_grad_enabled() else rounded(ids.shape[1]) - ids.shape[1]
     ids = torch.nn.functional.pad(ids, (0, longer, 0, rounded(len(rows)) - len(rows)))
-    hidden = trunk(input_ids=ids, past_key_values=past, use_cache=bool(shared)).last_hidden_state  # (B, L, h)
-    start, n = (torch.tensor(xs, device=device) for xs in ([len(c) - shared for c in contexts], [len(a) for a in answers]))
-    row = torch.repeat_interleave(torch.arange(len(rows), device=device), n)  # (N,): the answers' tokens, one after the other
+    hidden = trunk(input_ids=ids, **cache_argument(trunk, past), use_cache=bool(shared)).last_hidden_state  # (B, L, h)
+    start, n = (
+        torch.tensor(xs, device=device) for xs in ([len(c) - shared for c in contexts], [len(a) for a in answers])
+    )
+    # (N,): the answers' tokens, one after the other
+    row = torch.repeat_interleave(torch.arange(len(rows), device=device), n)
     col = torch.arange(len(row), device=device) - (n.cumsum(0) - n)[row] + start[row]
     N, zeros = len(row), torch.zeros(len(rows), device=device)
     wide = torch.nn.functional.pad(hidden[row, col - 1], (0, 0, 0, rounded(N) - N))
@@ -107,17 +123,22 @@ def ppo_loss(
     ratio = (logp - old_logp).exp()  # of whole responses
     policy = -torch.min(ratio * advantage, ratio.clamp(1 - c['clip'], 1 + c['clip']) * advantage).mean()
     errors = (value - returns).square()
-    if c['value_clip']:  # as the reference implementations of PPO do: no gain from moving the value further than that in one update
-        errors = torch.max(errors, (old_value + (value - old_value).clamp(-c['value_clip'], c['value_clip']) - returns).square())
+    # as the reference implementations of PPO do: no gain from moving the value further than that in one update
+    if c['value_clip']:
+        errors = torch.max(
+            errors, (old_value + (value - old_value).clamp(-c['value_clip'], c['value_clip']) - returns).square()
+        )
     value_loss = .5 * errors.mean()
     loss = policy + c['value_coef'] * value_loss - c['entropy_coef'] * entropy.mean()
     log_ratio = (logp - old_logp).detach()
     return loss, dict(policy_loss=policy.item(), value_loss=value_loss.item(), entropy=entropy.mean().item(),
                       clip_fraction=((ratio - 1).abs() > c['clip']).float().mean().item(),
-                      approx_kl=(log_ratio.exp() - 1 - log_ratio).mean().item())  # http://joschu.net/blog/kl-approx.html
+                      # http://joschu.net/blog/kl-approx.html
+                      approx_kl=(log_ratio.exp() - 1 - log_ratio).mean().item())
 
 # %% ../nbs/11_ppo.ipynb #ae292d75
-def _together(lists, turns):  # what all processes hold, in the order in which one process would: by turn, then by environment
+# what all processes hold, in the order in which one process would: by turn, then by environment
+def _together(lists, turns):
     from accelerate.utils import gather_object
     parts = gather_object([lists])
     of_turn = lambda xs, t: xs[t * len(xs) // turns:(t + 1) * len(xs) // turns]
@@ -136,49 +157,85 @@ def collect(
     first: int = 0,  # the first of these environments among those of all processes
     engine=None,  # what samples; see `answer_all`
 ) -> dict:
-    "Play `turns` answers in every environment: contexts, answers, verdicts, and per action logp, reward, value, done; `last`, the value of what comes after (all of the environments of all processes)."
+    """Play `turns` answers in every environment: contexts, answers, verdicts, and per action logp, reward, value, done;
+    `last`, the value of what comes after (all of the environments of all processes)."""
     import torch
     b, solved = dict(contexts=[], answers=[], verdicts=[], attempt=[], done=[]), []
     for t in range(c['turns']):
         b['attempt'] += [e.tried for e in episodes]
-        x, y = answer_all(model, tokenizer, task, episodes, c['max_new_tokens'], c['temperature'], seed + t, first, engine)
+        x, y = answer_all(
+            model, tokenizer, task, episodes, c['max_new_tokens'], c['temperature'], seed + t, first, engine
+        )
         b['contexts'] += x; b['answers'] += y
         b['verdicts'] += [e.verdicts[-1] for e in episodes]
         b['done'] += [float(e.done(task)) for e in episodes]
         solved += [e.solved for e in episodes if e.done(task)]
         _replace_finished(episodes, task, draw, first)
-    n, open_ = len(episodes), [i for i, e in enumerate(episodes) if e.verdicts]  # only an open episode needs the value of what comes next
+    # only an open episode needs the value of what comes next
+    n, open_ = len(episodes), [i for i, e in enumerate(episodes) if e.verdicts]
     last, rows = torch.zeros(n, device=model.device), 2 * c['micro_batch']  # without gradients there is room for more
     with torch.no_grad():
         logp, _, value = score(model, head, b['contexts'], b['answers'], c['temperature'], rows)
-        if open_: last[open_] = score(model, head, [encode(tokenizer, episodes[i].turns) for i in open_], [[]] * len(open_), rows=rows)[2]
-    b = _together(b | dict(logp=logp.tolist(), value=value.tolist(), reward=[v.reward for v in b['verdicts']]), c['turns'])
+        if open_:
+            last[open_] = score(
+                model, head, [encode(tokenizer, episodes[i].turns) for i in open_], [[]] * len(open_), rows=rows
+            )[2]
+    b = _together(
+        b | dict(logp=logp.tolist(), value=value.tolist(), reward=[v.reward for v in b['verdicts']]), c['turns']
+    )
     last, solved = _together(dict(last=last.tolist()), 1)['last'], _together(dict(solved=solved), 1)['solved']
     b |= dict(solved=solved, last=last)
-    for k in ('logp', 'value', 'reward', 'done', 'last'): b[k] = torch.tensor(b[k], device=model.device)  # (T * N,); last (N,)
+    # (T * N,); last (N,)
+    for k in ('logp', 'value', 'reward', 'done', 'last'): b[k] = torch.tensor(b[k], device=model.device)
     return b
 
 def constant_value(b, gamma: float) -> float:
-    "The constant that fits the rewards of `collect` best: V = mean r + gamma mean(1 - d) V (least-squares temporal differences, Bradtke and Barto 1996, with 1 as the only feature)."
+    """The constant that fits the rewards of `collect` best: V = mean r + gamma mean(1 - d) V (least-squares temporal
+    differences, Bradtke and Barto 1996, with 1 as the only feature)."""
     return b['reward'].mean().item() / max(1 - gamma * (1 - b['done']).mean().item(), 1e-2)
 
 def add_advantages(b, gamma: float, lam: float) -> dict:
     "What `collect` returned, with `advantage`, `normalised` (over the update) and `returns`, (T * N,) each."
     import torch
     by_turn = lambda k: b[k].view(-1, len(b['last']))  # (T, N)
-    advantage = gae(by_turn('reward'), torch.cat([by_turn('value'), b['last'][None]]), by_turn('done'), gamma, lam).flatten()
-    return b | dict(advantage=advantage, normalised=(advantage - advantage.mean()) / (advantage.std() + 1e-8), returns=advantage + b['value'])
+    advantage = gae(
+        by_turn('reward'), torch.cat([by_turn('value'), b['last'][None]]), by_turn('done'), gamma, lam
+    ).flatten()
+    return b | dict(
+        advantage=advantage,
+        normalised=(advantage - advantage.mean()) / (advantage.std() + 1e-8),
+        returns=advantage + b['value'],
+    )
+
 
 def describe(
     b: dict,  # from `collect` and `add_advantages`
 ) -> dict:
-    "What the episodes of an update were like: reward and its parts (mean per answer), shares of right answers, length."
-    right, first = np.array([v.correct for v in b['verdicts']]), np.array(b['attempt']) == 0
-    parts = {f'reward_{k}': sum(v.parts.get(k, 0.) for v in b['verdicts']) / len(right) for k in sorted({k for v in b['verdicts'] for k in v.parts})}
+    """What the episodes of an update were like: reward and its parts (mean per answer), shares of right answers
+    (`revision`: of second answers; also by each criterion of the task), length."""
+    right, tried = np.array([v.correct for v in b['verdicts']]), np.array(b['attempt'])
+    by = {
+        f'{k}_success': float(np.mean([v.by[k] for v in b['verdicts']]))
+        for k in sorted({k for v in b['verdicts'] for k in v.by})
+    }
+    parts = {
+        f'reward_{k}': sum(v.parts.get(k, 0.0) for v in b['verdicts']) / len(right)
+        for k in sorted({k for v in b['verdicts'] for k in v.parts})
+    }
     share = lambda xs: float(np.mean(xs)) if len(xs) else math.nan
-    return parts | dict(reward=b['reward'].mean().item(), success=share(right), first_try=share(right[first]), solved=share(b['solved']),
-                        response_tokens=share([len(a) for a in b['answers']]), advantage_mean=b['advantage'].mean().item(), advantage_std=b['advantage'].std().item(),
-                        explained_variance=1 - (b['returns'] - b['value']).var().item() / max(b['returns'].var().item(), 1e-8))
+    return parts | dict(
+        reward=b['reward'].mean().item(),
+        success=share(right),
+        first_try=share(right[tried == 0]),
+        revision=share(right[tried == 1]),
+        solved=share(b['solved']),
+        **by,
+        response_tokens=share([len(a) for a in b['answers']]),
+        advantage_mean=b['advantage'].mean().item(),
+        advantage_std=b['advantage'].std().item(),
+        explained_variance=1 - (b['returns'] - b['value']).var().item() / max(b['returns'].var().item(), 1e-8),
+    )
+
 
 def _part(model, head, b, i, c, scored):  # loss of some of an update's actions, and what to log
     now = scored(model, head, [b['contexts'][k] for k in i], [b['answers'][k] for k in i], c['temperature'])
@@ -190,7 +247,8 @@ def _sharded_gradient(model, head, b, mini, c, us):  # of a minibatch; what to l
     for at in range(0, len(mini[::n]), c['micro_batch']):  # as many passes as the process with most actions takes
         i = mine[at:at + c['micro_batch']]
         share = len(i) / len(mini)
-        loss, part = _part(model, head, b, i or mini[:1], c, _score)  # who has none left goes through the model with the others, for nothing
+        # who has none left goes through the model with the others, for nothing
+        loss, part = _part(model, head, b, i or mini[:1], c, _score)
         (loss * share * n).backward()  # FSDP2 takes the mean over the processes, and this is a sum
         for k, v in part.items(): stat[k] += v * share
     for p in head.parameters(): p.grad = over_all(p.grad) / n  # every process holds all of the head
@@ -200,15 +258,24 @@ def _clip(parameters, most):  # `clip_grad_norm_` of gradients of which some are
     import torch
     grads = [p.grad for p in parameters]
     parts, whole = [own(g) for g in grads if own(g) is not g], [g for g in grads if own(g) is g]
-    norm = (over_all(torch.nn.utils.get_total_norm(parts).square()) + torch.nn.utils.get_total_norm(whole).square()).sqrt()
+    norm = (
+        over_all(torch.nn.utils.get_total_norm(parts).square()) + torch.nn.utils.get_total_norm(whole).square()
+    ).sqrt()
     torch._foreach_mul_(parts + whole, (most / (norm + 1e-6)).clamp(max=1.))
     return norm
 
 def _improve(model, head, opt, b, order, c):  # one epoch over an update's actions; what to log, per minibatch
     import torch
-    everything, stats, us, lower = [p for group in opt.param_groups for p in group['params']], [], processes(), f"lower rl.learning_rate={c['learning_rate']}"
+
+    everything, stats, us, lower = (
+        [p for group in opt.param_groups for p in group['params']],
+        [],
+        processes(),
+        f"lower rl.learning_rate={c['learning_rate']}",
+    )
     for lo in range(0, len(order), c['minibatch']):
-        mini = sorted(order[lo:lo + c['minibatch']], key=lambda k: len(b['contexts'][k]) + len(b['answers'][k]))  # like lengths together
+        # like lengths together
+        mini = sorted(order[lo:lo + c['minibatch']], key=lambda k: len(b['contexts'][k]) + len(b['answers'][k]))
         mine = mini[us.process_index::us.num_processes]
         def gradient(rows):  # adds up over micro-batches, so memory does not grow with the minibatch
             opt.zero_grad()
@@ -224,11 +291,17 @@ def _improve(model, head, opt, b, order, c):  # one epoch over an update's actio
             opt.zero_grad()
             stat = _sharded_gradient(model, head, b, mini, c, us)
             check_finite(sum(stat.values()), 'the PPO loss', lower)  # after the sum over processes: all or none stop
-        else: stat, c['micro_batch'] = halving(gradient, c['micro_batch'], 'PPO')  # what fits is kept for the rest of the training
+        else:
+            # what fits is kept for the rest of the training
+            stat, c['micro_batch'] = halving(gradient, c['micro_batch'], 'PPO')
         if us.num_processes > 1 and not sharded:
             for p in everything: p.grad = over_all(torch.zeros_like(p) if p.grad is None else p.grad)
-            stat = dict(zip(LOGGED, over_all(torch.tensor([stat.get(k, 0.) for k in LOGGED], device=model.device)).tolist()))
-        stat['gradient_norm'] = (_clip if sharded else torch.nn.utils.clip_grad_norm_)(everything, c['max_grad_norm']).item()
+            stat = dict(
+                zip(LOGGED, over_all(torch.tensor([stat.get(k, 0.0) for k in LOGGED], device=model.device)).tolist())
+            )
+        stat['gradient_norm'] = (_clip if sharded else torch.nn.utils.clip_grad_norm_)(
+            everything, c['max_grad_norm']
+        ).item()
         check_finite(stat['gradient_norm'], 'the norm of the PPO gradient', lower)
         opt.step(); stats.append(stat)
     return stats
@@ -265,7 +338,8 @@ def _keep_parts(file, model, head, opt, rest):  # each process writes its part, 
         us.wait_for_everyone()
     us.wait_for_everyone()
 
-def _kept_parts(file, key, model, head, opt):  # `_kept` for what `_keep_parts` wrote, read into the model, its head and the optimiser
+# `_kept` for what `_keep_parts` wrote, read into the model, its head and the optimiser
+def _kept_parts(file, key, model, head, opt):
     import torch, torch.distributed.checkpoint as dcp
     from accelerate.utils import broadcast_object_list
     from torch.distributed.checkpoint.state_dict import set_state_dict
@@ -295,16 +369,34 @@ def train_ppo(
     key = hash64(sorted(c.items()), seed, task.name, content(model))  # a state is of this run or of none
     torch.manual_seed(seed)
     head = value_head(model.config.hidden_size).to(model.device)
-    opt = torch.optim.Adam([dict(params=[p for p in model.parameters() if p.requires_grad]), dict(params=head.parameters(), lr=c['value_learning_rate'])],
-                           lr=c['learning_rate'], eps=c['adam_eps'], fused=True)
+    opt = torch.optim.Adam(
+        [
+            dict(params=[p for p in model.parameters() if p.requires_grad]),
+            dict(params=head.parameters(), lr=c['value_learning_rate']),
+        ],
+        lr=c['learning_rate'],
+        eps=c['adam_eps'],
+        fused=True,
+    )
     # up over the first updates, then cosine to zero (PAPER: models and training)
-    decay = lambda u: min(1., (u + 1) / (c['warmup_updates'] + 1)) * (.5 * (1 + math.cos(math.pi * u / c['updates'])) if c['schedule'] == 'cosine' else 1.)
+    decay = lambda u: (
+        min(1.0, (u + 1) / (c['warmup_updates'] + 1))
+        * (0.5 * (1 + math.cos(math.pi * u / c['updates'])) if c['schedule'] == 'cosine' else 1.0)
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, decay)
     sharded = is_sharded(model)
-    start = None if not c['log_kl'] else [own(p).detach().clone() for p in model.parameters()] if sharded else copy.deepcopy(model).requires_grad_(False)  # to measure how far the policy has gone
+    # to measure how far the policy has gone
+    start = (
+        None
+        if not c['log_kl']
+        else [own(p).detach().clone() for p in model.parameters()]
+        if sharded
+        else copy.deepcopy(model).requires_grad_(False)
+    )
     engine = vllm_engine(model, tokenizer, max_new_tokens, c['temperature']) if c['engine'] == 'vllm' else None
     us, drawn, log, actions, done = processes(model.device.type), [0] * c['envs'], [], [], 0
-    first, end = (k * c['envs'] // us.num_processes for k in (us.process_index, us.process_index + 1))  # the environments of this process
+    # the environments of this process
+    first, end = (k * c['envs'] // us.num_processes for k in (us.process_index, us.process_index + 1))
     def draw(i):  # the next problem of an environment
         drawn[i] += 1
         return task.sample(seeded(seed, 'ppo problem', i, drawn[i]), 'train')
@@ -320,13 +412,27 @@ def train_ppo(
     episodes = [Episode.start(task, under_way(i)) for i in range(first, end)]
     for e, said in zip(episodes, state['answers'][first:end] if done else ()):
         for text in said: e.answer(task, text)
-    if not done:  # some answers that are not learnt from: environments in step with each other would make the first updates easier or harder than the rest
+    # some answers that are not learnt from: environments in step with each other would make the first updates
+    # easier or harder than the rest
+    if not done:
         for t in range(task.tries):
-            with gathered(model): answer_all(model, tokenizer, task, episodes, max_new_tokens, c['temperature'], hash64(seed, 'ppo before', t) % 2**31, first, engine)
+            with gathered(model):
+                answer_all(
+                    model,
+                    tokenizer,
+                    task,
+                    episodes,
+                    max_new_tokens,
+                    c['temperature'],
+                    hash64(seed, 'ppo before', t) % 2**31,
+                    first,
+                    engine,
+                )
             _replace_finished(episodes, task, draw, first)
     for update in range(done, c['updates']):
         chance = seeded(seed, 'ppo update', update)
-        with gathered(model): b = collect(model, head, tokenizer, task, episodes, c, draw, int(chance.integers(2**31)), first, engine)
+        with gathered(model):
+            b = collect(model, head, tokenizer, task, episodes, c, draw, int(chance.integers(2**31)), first, engine)
         if update == 0:  # a head that says 0 would tell the turns of an episode apart, and nothing else
             V = constant_value(b, c['gamma'])
             torch.nn.init.constant_(head[-1].bias, V)
@@ -336,21 +442,37 @@ def train_ppo(
         if start is not None:  # a one-sample estimate of KL(policy || start), per response
             i = [*range(us.process_index, len(b['answers']), us.num_processes)]
             with with_weights(model, start) if sharded else nullcontext(), gathered(model), torch.no_grad():
-                before = score(model if sharded else start, None, [b['contexts'][k] for k in i], [b['answers'][k] for k in i], c['temperature'], 2 * c['micro_batch'])[0]
+                before = score(
+                    model if sharded else start,
+                    None,
+                    [b['contexts'][k] for k in i],
+                    [b['answers'][k] for k in i],
+                    c['temperature'],
+                    2 * c['micro_batch'],
+                )[0]
             row['kl_to_start'] = over_all((b['logp'][i] - before).sum()).item() / len(b['answers'])
-        stats = [s for _ in range(c['epochs']) for s in _improve(model, head, opt, b, chance.permutation(len(b['answers'])).tolist(), c)]
+        stats = [
+            s
+            for _ in range(c['epochs'])
+            for s in _improve(model, head, opt, b, chance.permutation(len(b['answers'])).tolist(), c)
+        ]
         schedule.step()
         row |= pd.DataFrame(stats).mean().to_dict()
         log += [dict(update=update, metric=k, value=v) for k, v in row.items()]
         if track and us.is_main_process: track(update, row)
-        actions += [dict(update=update, turn=t, reward=r, value_estimate=v, advantage=a, normalised=n) for t, r, v, a, n in
-                    zip(b['attempt'], *(b[k].tolist() for k in ('reward', 'value', 'advantage', 'normalised')))]
+        actions += [
+            dict(update=update, turn=t, reward=r, value_estimate=v, advantage=a, normalised=n)
+            for t, r, v, a, n in zip(
+                b['attempt'], *(b[k].tolist() for k in ('reward', 'value', 'advantage', 'normalised'))
+            )
+        ]
         if state_file and update + 1 < c['updates']:
             theirs = _together(dict(drawn=drawn[first:end], answers=[e.answers for e in episodes]), 1)
             rest = theirs | dict(key=key, done=update + 1, schedule=schedule.state_dict(), log=log, actions=actions)
             if sharded: _keep_parts(state_file, model, head, opt, rest)
             elif us.is_main_process:
-                with complete(state_file, sealed=True) as tmp: torch.save(rest | dict(model=model.state_dict(), head=head.state_dict(), opt=opt.state_dict()), tmp)
+                with complete(state_file, sealed=True) as tmp:
+                    torch.save(rest | dict(model=model.state_dict(), head=head.state_dict(), opt=opt.state_dict()), tmp)
         progress(update + 1, c['updates'])
     return pd.DataFrame(log), pd.DataFrame(actions)
 
@@ -361,8 +483,11 @@ def load_start(
 ):
     "The model that RL starts from, with adapters if the profile asks for them, and its tokenizer."
     scale = run.config['scale']
-    if scale['sharding'] == 'zero3': scale = scale | dict(sharding='fsdp2')  # DeepSpeed needs a Trainer, and this is a loop of its own
-    model, tok = load_model(run.checkpoint('sft', start), run.config['model']['device'], run.config['model']['dtype'], scale)
+    # DeepSpeed needs a Trainer, and this is a loop of its own
+    if scale['sharding'] == 'zero3': scale = scale | dict(sharding='fsdp2')
+    model, tok = load_model(
+        run.checkpoint('sft', start), run.config['model']['device'], run.config['model']['dtype'], scale
+    )
     return add_lora(model, **run.config['lora'], seed=run.seed), tok
 
 def keep_end(
@@ -372,7 +497,9 @@ def keep_end(
     model, tokenizer,
     **tables,  # first part of the name -> table
 ):
-    "Save what RL from a checkpoint has made; the weights last: a checkpoint that is there has its tables. The processes of a sharded model all call it."
+    """Save what RL from a checkpoint has made; the weights last: a checkpoint that is there has its tables.
+
+    The processes of a sharded model all call it."""
     for name, table in tables.items() if processes().is_main_process else ():
         table.insert(0, 'stage', stage); table.insert(1, 'checkpoint', start)
         run.save(table, f'{name}-{start:06d}')
@@ -384,10 +511,13 @@ def keep_speed(
     ticks: list,  # seconds: the start, and the end of each update done now (a resumed run has fewer of them)
     tokens,  # sampled in each update
 ):
-    "Write how long each update took, and sampled tokens per second: beside the logs and not among the tables, which are the same whenever a run is repeated."
+    """Write how long each update took, and sampled tokens per second: beside the logs and not among the tables, which
+    are the same whenever a run is repeated."""
     import pandas as pd
     took = np.diff(ticks)
-    speed = pd.DataFrame(dict(update=range(len(tokens)), tokens=np.asarray(tokens)))[len(tokens) - len(took):].assign(seconds=took)
+    speed = pd.DataFrame(dict(update=range(len(tokens)), tokens=np.asarray(tokens)))[len(tokens) - len(took) :].assign(
+        seconds=took
+    )
     path = run.path('logs', f'{name}-speed.csv')
     path.parent.mkdir(parents=True, exist_ok=True)
     speed.assign(tokens_per_second=lambda d: d['tokens'] / d['seconds']).to_csv(path, index=False)
@@ -402,14 +532,28 @@ def rl_stage(
     if launch(run, 'rl', '--start', start): return run.load(name)
     set_up_torch(c['rl']['threads'])
     model, tok = load_start(run, start)
-    need_room(run.dir, 9 * weight_bytes(model), f'the state and the checkpoint of {name}')  # the state: weights and two moments, twice while one replaces the other
+    # the state: weights and two moments, twice while one replaces the other
+    need_room(run.dir, 9 * weight_bytes(model), f'the state and the checkpoint of {name}')
     state_file = run.path('partial', f'{name}.pt')  # goes when the checkpoint is there
     ticks = [time.perf_counter()]
     def tick(done, total): ticks.append(time.perf_counter()); progress(done, total)
     with tracker(run, name) as track, keep_stopped(run, name, model, tok):
-        log, actions = train_ppo(model, tok, run.task(), c['rl'], c['model']['max_new_tokens'], hash64(run.seed, 'rl', start) % 2**31, tick, state_file, track)
-    if is_sharded(model) or processes().is_main_process: keep_end(run, 'rl', start, model, tok, rl=log, advantages=actions)
+        log, actions = train_ppo(
+            model,
+            tok,
+            run.task(),
+            c['rl'],
+            c['model']['max_new_tokens'],
+            hash64(run.seed, 'rl', start) % 2**31,
+            tick,
+            state_file,
+            track,
+        )
+    if is_sharded(model) or processes().is_main_process:
+        keep_end(run, 'rl', start, model, tok, rl=log, advantages=actions)
     if processes().is_main_process:
         remove(state_file)
-        keep_speed(run, name, ticks, log[log['metric'] == 'response_tokens']['value'] * c['rl']['envs'] * c['rl']['turns'])
+        keep_speed(
+            run, name, ticks, log[log['metric'] == 'response_tokens']['value'] * c['rl']['envs'] * c['rl']['turns']
+        )
     return log

@@ -55,7 +55,9 @@ def verify_integer(
 ) -> Verdict:
     "+5 for the right whole number, else -1 (the paper's reward for rank and determinant)."
     if (found := _READ(text)) is None or (said := read_integer(spelled(found[0]))) is None:
-        return Verdict(-1., False, 'the answer is not an object with a whole number as answer', 'format', dict(wrong=-1.))
+        return Verdict(
+            -1.0, False, 'the answer is not an object with a whole number as answer', 'format', dict(wrong=-1.0)
+        )
     if said == right: return Verdict(5., True, '', '', dict(correct=5.))
     return Verdict(-1., False, f'{said} is not right', 'answer', dict(wrong=-1.))
 
@@ -86,16 +88,24 @@ class Rank(MatrixTask):
         (m, n), most = ((5, 4), 5) if ood else ((4, 5), 4)
         while True:
             factors = rng.integers(-most, most + 1, (m + n, rank))
-            if eliminate(matrix := (factors[:m] @ factors[m:].T).tolist(), rank)[0] == rank: return matrix  # higher it cannot be
+            # higher it cannot be
+            if eliminate(matrix := (factors[:m] @ factors[m:].T).tolist(), rank)[0] == rank: return matrix
 
     def prompt(self, problem):
         matrix = problem.data['matrix']
         if self.style == 'brief': return f'rank {shown(matrix, self.style)} :'
-        return (f'[Task]\nFind the rank of a matrix: the largest number of rows that are linearly independent.\n\n'
-                f'[Input]\nMatrix with {len(matrix)} rows and {len(matrix[0])} columns: {shown(matrix, self.style)}\n\n'
-                '[Output]\nAnswer with one JSON object with this field and nothing else:\n{\n  "answer": the rank, a whole number\n}')
+        return (
+            f'[Task]\nFind the rank of a matrix: the largest number of rows that are linearly independent.\n\n'
+            f'[Input]\nMatrix with {len(matrix)} rows and {len(matrix[0])} columns: {shown(matrix, self.style)}\n\n'
+            '[Output]\nAnswer with one JSON object with this field and nothing else:\n{\n  "answer": the rank, a whole '
+            'number\n}'
+        )
 
     def expert(self, problem, rng):
-        return f"{{ answer {problem.data['rank']} }}" if self.style == 'brief' else f'{{\n  "answer": {problem.data["rank"]}\n}}'
+        return (
+            f"{{ answer {problem.data['rank']} }}"
+            if self.style == 'brief'
+            else f'{{\n  "answer": {problem.data["rank"]}\n}}'
+        )
 
     def verify(self, problem, text): return verify_integer(text, problem.data['rank'])

@@ -9,6 +9,7 @@ __all__ = ['READINGS', 'spoken', 'reading', 'show', 'stage_reading']
 import math
 from .beyond_figures import preserve_reading, warning_reading
 from .condition_figures import reading_of_conditions
+from .healing import reading_of_healing
 from .figures import check_figure, draw
 from .model_figures import KIND_NAMES
 from .plots import BASELINES, EDITS, TASK_NAMES
@@ -24,8 +25,17 @@ def spoken(
 ) -> str:
     "A mean and its 95 % interval; one seed has no interval over seeds, and then none is said."
     low, high = row[f'{of}low'], row[f'{of}high']
-    number = lambda v: f'{scale * v + 0.:.{digits}f}'.replace('-0.0', '0.0') if abs(scale * v) < .05 and digits == 1 else f'{scale * v:.{digits}f}'
-    return number(row[mean]) + unit + (f' [{number(low)}, {number(high)}]' if math.isfinite(low) and math.isfinite(high) else '')
+    number = lambda v: (
+        f'{scale * v + 0.0:.{digits}f}'.replace('-0.0', '0.0')
+        if abs(scale * v) < 0.05 and digits == 1
+        else f'{scale * v:.{digits}f}'
+    )
+    return (
+        number(row[mean])
+        + unit
+        + (f' [{number(low)}, {number(high)}]' if math.isfinite(low) and math.isfinite(high) else '')
+    )
+
 
 def _all(data, **where):  # the rows over all seeds, as a list of dicts
     d = data[data.seed.eq('all')] if 'seed' in data else data
@@ -34,7 +44,8 @@ def _all(data, **where):  # the rows over all seeds, as a list of dicts
 
 def _by_checkpoint(data, **where): return {int(r['checkpoint']): r for r in _all(data, **where)}
 
-def _best(by): return max(by, key=lambda c: (by[c]['mean'], -c))  # checkpoint with the highest mean, the earliest of several
+# checkpoint with the highest mean, the earliest of several
+def _best(by): return max(by, key=lambda c: (by[c]['mean'], -c))
 
 def _names(values): return ', '.join(map(str, values)) or 'none'
 
@@ -43,30 +54,56 @@ def _f1(data):
     sft = _by_checkpoint(data, stage='sft')
     rl = _all(data, stage='rl')
     best, last = _best(sft), max(sft)
-    up, down = ([int(r['checkpoint']) for r in rl if r['excludes_0'] is True and sign * r['difference'] > 0] for sign in (1, -1))
-    out = f"OOD accuracy is highest after {best} steps of SFT, {spoken(sft[best])}" + (f", and {spoken(sft[last])} after {last}." if last != best else ', which is its end.')
-    if ends := [r for r in rl if r['checkpoint'] == last]: out += f' RL from the last checkpoint ends at {spoken(ends[0])}.'
+    up, down = (
+        [int(r['checkpoint']) for r in rl if r['excludes_0'] is True and sign * r['difference'] > 0] for sign in (1, -1)
+    )
+    out = f"OOD accuracy is highest after {best} steps of SFT, {spoken(sft[best])}" + (
+        f", and {spoken(sft[last])} after {last}." if last != best else ', which is its end.'
+    )
+    if ends := [r for r in rl if r['checkpoint'] == last]:
+        out += f' RL from the last checkpoint ends at {spoken(ends[0])}.'
     top = max(rl, key=lambda r: r['mean'])
-    out += f" The best end of RL is {spoken(top)}, from step {top['checkpoint']:.0f}. Starts from which RL raises OOD accuracy beyond " \
-           f"{'chance' if top['seeds'] > 1 else 'the noise of its episodes'}: {_names(up)}; lowers it: {_names(down)} (of {_names(int(r['checkpoint']) for r in rl)}; not corrected for their number)."
-    others = [f'{label} {spoken(r)}' for m, (label, *_) in BASELINES.items() for r in _all(data, stage=m, checkpoint=last)]
+    out += (
+        f" The best end of RL is {spoken(top)}, from step {top['checkpoint']:.0f}. Starts from which RL raises OOD "
+        "accuracy beyond "
+        f"{'chance' if top['seeds'] > 1 else 'the noise of its episodes'}: {_names(up)}; lowers it: {_names(down)} (of "
+        f"{_names(int(r['checkpoint']) for r in rl)}; not corrected for their number)."
+    )
+    others = [
+        f'{label} {spoken(r)}' for m, (label, *_) in BASELINES.items() for r in _all(data, stage=m, checkpoint=last)
+    ]
     return out + f" As much training without RL, from the last checkpoint: {', '.join(others)}." * bool(others)
 
 def _f2(data):
     id_, ood = (_by_checkpoint(data, split=s) for s in ('id', 'ood'))
     best, last = _best(ood), max(ood)
-    if best == last: return f'OOD accuracy is highest at the end of SFT, after {last} steps: {spoken(ood[last])}; ID accuracy is {spoken(id_[last])} there.'
-    return (f"From the checkpoint with the best OOD accuracy, step {best}, to the end of SFT, step {last}, OOD accuracy goes from {spoken(ood[best])} to {spoken(ood[last])} "
-            f"and ID accuracy from {spoken(id_[best])} to {spoken(id_[last])}.")
+    if best == last:
+        return (
+            f'OOD accuracy is highest at the end of SFT, after {last} steps: {spoken(ood[last])}; ID accuracy is '
+            f'{spoken(id_[last])} there.'
+        )
+    return (
+        f"From the checkpoint with the best OOD accuracy, step {best}, to the end of SFT, step {last}, OOD accuracy "
+        f"goes from {spoken(ood[best])} to {spoken(ood[last])} "
+        f"and ID accuracy from {spoken(id_[best])} to {spoken(id_[last])}."
+    )
+
 
 def _f3(data):
     by = {s: _by_checkpoint(data, split=s) for s in ('train', 'id', 'ood')}
     best = next(int(r['checkpoint']) for r in _all(data) if r['best_ood'])
     last = max(by['id'])
     name = dict(train='train', id='ID test', ood='OOD test')
-    way = '; '.join(f"{name[s]} from {spoken(d[best], 1, '', 3)} to {spoken(d[last], 1, '', 3)}" for s, d in by.items() if d)
+    way = '; '.join(
+        f"{name[s]} from {spoken(d[best], 1, '', 3)} to {spoken(d[last], 1, '', 3)}" for s, d in by.items() if d
+    )
     low = ', '.join(f"{name[s]} at step {min(d, key=lambda c: d[c]['mean'])}" for s, d in by.items() if d)
-    return (f'From the best OOD checkpoint (step {best}) to the end (step {last}) the loss goes: {way}. ' if best != last else f'The best OOD checkpoint is the last, step {last}. ') + f'The lowest loss: {low}.'
+    return (
+        f'From the best OOD checkpoint (step {best}) to the end (step {last}) the loss goes: {way}. '
+        if best != last
+        else f'The best OOD checkpoint is the last, step {last}. '
+    ) + f'The lowest loss: {low}.'
+
 
 def _f4(data):
     at = {(r['metric'], r['split'], int(r['checkpoint'])): r for r in _all(data)}
@@ -74,42 +111,84 @@ def _f4(data):
     for split, name in (('ood', 'OOD'), ('id', 'ID')):
         form = [at[('format_error', split, c)] for c in steps]
         few = next((c for c, r in zip(steps, form) if r['mean'] < .05), None)
-        rest = ', '.join(f'{what} {spoken(at[(m, split, steps[-1])])}' for m, what in (('rule_error', 'wrong rule'), ('solving_error', 'wrong solution')) if (m, split, steps[-1]) in at)
-        out.append(f"{name}: format errors {spoken(form[0])} at step {steps[0]}, " + (f'below 5 % from step {few} on' if few is not None and all(r['mean'] < .05 for r in form[steps.index(few):])
-                   else f'below 5 % first at step {few}' if few is not None else 'never below 5 %') + f', {spoken(form[-1])} at the end' + f' ({rest})' * bool(rest) + '.')
+        rest = ', '.join(
+            f'{what} {spoken(at[(m, split, steps[-1])])}'
+            for m, what in (('rule_error', 'wrong rule'), ('solving_error', 'wrong solution'))
+            if (m, split, steps[-1]) in at
+        )
+        out.append(
+            f"{name}: format errors {spoken(form[0])} at step {steps[0]}, "
+            + (
+                f'below 5 % from step {few} on'
+                if few is not None and all(r['mean'] < 0.05 for r in form[steps.index(few) :])
+                else f'below 5 % first at step {few}'
+                if few is not None
+                else 'never below 5 %'
+            )
+            + f', {spoken(form[-1])} at the end'
+            + f' ({rest})' * bool(rest)
+            + '.'
+        )
     return ' '.join(out)
 
 def _f5(data):
     def say(task):
         at = {(r['split'], r['model']): r for r in _all(data, task=task)}
-        percent = lambda split: ' to '.join(f"{100 * at[(split, m)]['mean']:.1f}" for m in ('SFT_MaxOOD', 'SFT_End', 'RL_End'))
+        percent = lambda split: ' to '.join(
+            f"{100 * at[(split, m)]['mean']:.1f}" for m in ('SFT_MaxOOD', 'SFT_End', 'RL_End')
+        )
         best = at[('ood', 'SFT_MaxOOD')]
-        return f"{TASK_NAMES.get(task, task)} ({best['seeds']:.0f} seed{'s' * (best['seeds'] > 1)}; best step {best['checkpoint']:.0f}): OOD {percent('ood')} %, ID {percent('id')} %"
+        return (
+            f"{TASK_NAMES.get(task, task)} ({best['seeds']:.0f} seed{'s' * (best['seeds'] > 1)}; best step "
+            f"{best['checkpoint']:.0f}): OOD {percent('ood')} %, ID {percent('id')} %"
+        )
+
     return 'From SFT_MaxOOD to SFT_End to RL_End. ' + '. '.join(say(t) for t in dict.fromkeys(data.task)) + '.'
 
 # %% ../nbs/18a_readings.ipynb #78645fcc
 def _f6(data):
     above, skew = (_by_checkpoint(data, what=w) for w in ('above_zero', 'skewness'))
+    if not skew:
+        return 'In no update of RL did the answers earn different rewards, so that there are no advantages to look at.'
     first, last, even = min(skew), max(skew), min(skew, key=lambda c: abs(skew[c]['mean']))
-    return (f"From the first start of RL (step {first}) to the last ({last}) the share of advantages above zero goes from {spoken(above[first])} to {spoken(above[last])} and "
-            f"their skewness from {spoken(skew[first], 1, '', 2)} to {spoken(skew[last], 1, '', 2)}; it is nearest to 0 from step {even}, {spoken(skew[even], 1, '', 2)}.")
+    return (
+        f"From the first start of RL (step {first}) to the last ({last}) the share of advantages above zero goes from "
+        f"{spoken(above[first])} to {spoken(above[last])} and "
+        f"their skewness from {spoken(skew[first], 1, '', 2)} to {spoken(skew[last], 1, '', 2)}; it is nearest to 0 "
+        f"from step {even}, {spoken(skew[even], 1, '', 2)}."
+    )
+
 
 def _f7(data):
     known = data.dropna(subset='relative_change').groupby(['what', 'kind']).first().reset_index()
-    say = lambda by: ', '.join(f"{KIND_NAMES[r['kind']]} {spoken(r, 100, ' %', 2, 'relative_', 'relative_change')}" for r in known[known.what == f'change by {by}'].to_dict('records'))
+    say = lambda by: ', '.join(
+        f"{KIND_NAMES[r['kind']]} {spoken(r, 100, ' %', 2, 'relative_', 'relative_change')}"
+        for r in known[known.what == f'change by {by}'].to_dict('records')
+    )
     return f"Mean change of a singular value, relative to the spectrum. By SFT: {say('SFT')}. By RL: {say('RL')}."
 
 def _f8(data):
     by = data[data.what == 'by_layer'].groupby(['pair', 'kind'], sort=False)['mean'].mean().unstack('kind')
     say = lambda pair, d: f'{pair}: {d.mean():.2f}° (most in {KIND_NAMES[d.idxmax()]}, {d.max():.2f}°)'
-    return f"Mean principal angle between the leading subspaces, over layers, sides and kinds of matrices. {'. '.join(say(p, d) for p, d in by.iterrows())}."
+    return (
+        "Mean principal angle between the leading subspaces, over layers, sides and kinds of matrices. "
+        f"{'. '.join(say(p, d) for p, d in by.iterrows())}."
+    )
+
 
 def _f9(data):
     def say(origin, name):
         r = data[data.origin == origin].iloc[0]
-        return f"from {name} {spoken(r, 1, '', 2, 'spearman_', 'spearman')}" if math.isfinite(r.spearman) else f'from {name} it cannot be told, with less than three checkpoints or no change'
-    return ("After SFT_MaxOOD, the rank correlation of OOD accuracy with the mean principal angle is "
-            f"{say('base', 'the base')}, {say('max_ood', 'SFT_MaxOOD itself')} (-1: the further turned, the less accurate).")
+        return (
+            f"from {name} {spoken(r, 1, '', 2, 'spearman_', 'spearman')}"
+            if math.isfinite(r.spearman)
+            else f'from {name} it cannot be told, with less than three checkpoints or no change'
+        )
+
+    return (
+        "After SFT_MaxOOD, the rank correlation of OOD accuracy with the mean principal angle is "
+        f"{say('base', 'the base')}, {say('max_ood', 'SFT_MaxOOD itself')} (-1: the further turned, the less accurate)."
+    )
 
 # %% ../nbs/18a_readings.ipynb #80f9ff31
 def _label(edit): return EDITS[edit][0].replace(' (control)', '')
@@ -118,14 +197,23 @@ def _ends(data, split='ood'):  # target, donor
     return [_all(data, split=split, edit=e)[0] for e in ('none', 'donor')]
 
 def _controls(data, **where):  # OOD accuracy of each control, in words
-    return ', '.join(f'{_label(e)} {spoken(r)}' for e in EDITS if e not in ('directions', 'both') for r in _all(data, split='ood', edit=e, **where))
+    return ', '.join(
+        f'{_label(e)} {spoken(r)}'
+        for e in EDITS
+        if e not in ('directions', 'both')
+        for r in _all(data, split='ood', edit=e, **where)
+    )
+
 
 def _by_share(data, story):
     target, donor = _ends(data)
     ours = sorted((r for r in _all(data, split='ood', edit='directions')), key=lambda r: r['share'])
     whole, gap = ours[-1], donor['mean'] - target['mean']
     part = lambda r: f", {100 * (r['mean'] - target['mean']) / gap:.0f} % of the way to the donor" if gap > .02 else ''
-    out = f"OOD accuracy of the target is {spoken(target)}, of the donor {spoken(donor)}. {story} at {100 * whole['share']:.0f} % of the rank: {spoken(whole)}{part(whole)}"
+    out = (
+        f"OOD accuracy of the target is {spoken(target)}, of the donor {spoken(donor)}. {story} at "
+        f"{100 * whole['share']:.0f} % of the rank: {spoken(whole)}{part(whole)}"
+    )
     if len(ours) > 1: out += f"; at {100 * ours[0]['share']:.0f} %: {spoken(ours[0])}{part(ours[0])}"
     others = _controls(data, share=ours[0]['share'])
     return out + f". Controls at {100 * ours[0]['share']:.0f} %: {others}" * bool(others) + '.'
@@ -138,28 +226,50 @@ def _f11(data):
     target, donor = _ends(data)
     best = max(_all(data.dropna(subset='layers'), split='ood', edit='directions'), key=lambda r: r['mean'])
     others = _controls(data, layers=best['layers'])
-    return (f"OOD accuracy of the target is {spoken(target)}, of the donor {spoken(donor)}. The donor's directions help most in layers {best['layers']}: {spoken(best)}"
-            + f" (the best of several: chosen after the fact). There: {others}" * bool(others) + '.')
+    return (
+        f"OOD accuracy of the target is {spoken(target)}, of the donor {spoken(donor)}. The donor's directions help "
+        f"most in layers {best['layers']}: {spoken(best)}"
+        + f" (the best of several: chosen after the fact). There: {others}" * bool(others)
+        + '.'
+    )
 
 # %% ../nbs/18a_readings.ipynb #af14cedc
 def _f13(data):
-    mean = data[data.seed.eq('all') & data.part.ne('map')].groupby(['pair', 'part'], sort=False)['mean'].mean().unstack('part')
+    mean = (
+        data[data.seed.eq('all') & data.part.ne('map')]
+        .groupby(['pair', 'part'], sort=False)['mean']
+        .mean()
+        .unstack('part')
+    )
     names = dict(scaling='scaling', rotation='rotation inside', crossing='crossing out', outside='outside')
     say = lambda d: ', '.join(f'{label} {100 * d[k]:.1f} %' for k, label in names.items() if k in d)
-    return f"Of the update's energy, mean over kinds of matrices, as seen from the leading subspaces before it. {'. '.join(f'{p}: {say(d)}' for p, d in mean.iterrows())}."
+    return (
+        "Of the update's energy, mean over kinds of matrices, as seen from the leading subspaces before it. "
+        f"{'. '.join(f'{p}: {say(d)}' for p, d in mean.iterrows())}."
+    )
+
 
 def _f14(data):
     top = data[data.what == 'mmd'].layer.max()
     def say(split):
         shown = [f"{r['pair']} {spoken(r, 1, '', 2)}" for r in _all(data, what='mmd', split=split, layer=top)]
-        same = [f"{r['checkpoint'] if isinstance(r['checkpoint'], str) else r['pair']} {spoken(r)}" for r in _all(data, what='overlap', split=split)]
-        return f"{split.upper()} prompts: MMD in the last layer {', '.join(shown)}" + f"; next tokens in common: {', '.join(same)}" * bool(same)
+        same = [
+            f"{r['checkpoint'] if isinstance(r['checkpoint'], str) else r['pair']} {spoken(r)}"
+            for r in _all(data, what='overlap', split=split)
+        ]
+        return (
+            f"{split.upper()} prompts: MMD in the last layer {', '.join(shown)}"
+            + f"; next tokens in common: {', '.join(same)}" * bool(same)
+        )
+
     return '. '.join(say(s) for s in ('id', 'ood')) + '.'
 
 def _s1(data):
     known = data.groupby(['task', 'stage'], sort=False).first().reset_index().to_dict('records')
     name = dict(rl='PPO', grpo='GRPO')
-    say = lambda r: f"{TASK_NAMES.get(r['task'], r['task'])}, {name[r['stage']]}: {spoken(r, 1, '', 2, 'rise_', 'rise')}"
+    say = lambda r: (
+        f"{TASK_NAMES.get(r['task'], r['task'])}, {name[r['stage']]}: {spoken(r, 1, '', 2, 'rise_', 'rise')}"
+    )
     return 'Reward per answer, last quarter of the updates less the first. ' + '; '.join(map(say, known)) + '.'
 
 def _s3(data): return preserve_reading(data[data.what == 'test'])
@@ -167,7 +277,28 @@ def _s3(data): return preserve_reading(data[data.what == 'test'])
 def _s4(data): return warning_reading(data[data.what == 'score'].fillna(dict(metric='')))  # a CSV has no empty string
 
 # %% ../nbs/18a_readings.ipynb #62bc5b3e
-READINGS = dict(F1=_f1, F2=_f2, F3=_f3, F4=_f4, F5=_f5, F6=_f6, F7=_f7, F8=_f8, F9=_f9, F10=_f10, F11=_f11, F12=_f12, F13=_f13, F14=_f14, S1=_s1, S2=reading_of_conditions, S3=_s3, S4=_s4)
+READINGS = dict(
+    F1=_f1,
+    F2=_f2,
+    F3=_f3,
+    F4=_f4,
+    F5=_f5,
+    F6=_f6,
+    F7=_f7,
+    F8=_f8,
+    F9=_f9,
+    F10=_f10,
+    F11=_f11,
+    F12=_f12,
+    F13=_f13,
+    F14=_f14,
+    S1=_s1,
+    S2=reading_of_conditions,
+    S3=_s3,
+    S4=_s4,
+    S5=reading_of_healing,
+)
+
 
 def reading(
     figure: str,  # like `F1`
@@ -187,9 +318,16 @@ def show(
 
 # %% ../nbs/18a_readings.ipynb #42d45362
 def _sft(losses):
-    ends = {s: d.sort_values('checkpoint')['value'].iloc[[0, -1]].tolist() for s, d in losses.groupby('split', sort=False)}
+    ends = {
+        s: d.sort_values('checkpoint')['value'].iloc[[0, -1]].tolist() for s, d in losses.groupby('split', sort=False)
+    }
     name = dict(train='training examples', id='ID test problems', ood='OOD test problems')
-    return f"Over {losses.checkpoint.max()} steps the loss went " + ', '.join(f'from {a:.3f} to {b:.3f} on {name[s]}' for s, (a, b) in ends.items()) + '.'
+    return (
+        f"Over {losses.checkpoint.max()} steps the loss went "
+        + ', '.join(f'from {a:.3f} to {b:.3f} on {name[s]}' for s, (a, b) in ends.items())
+        + '.'
+    )
+
 
 def _rl(log):
     def say(start, d):
@@ -197,18 +335,32 @@ def _rl(log):
         n = max(1, len(by['success']) // 4)
         ends = lambda m: (by[m][:n].mean(), by[m][-n:].mean())
         (a, b), (r, s) = ends('success'), ends('reward')
-        return f"From step {start}: answers right {100 * a:.1f} to {100 * b:.1f} %, reward per answer {r:+.2f} to {s:+.2f}, over {len(by['success'])} updates (first and last quarter)"
-    return '. '.join(say(start, d) for start, d in log.groupby('checkpoint')) + '. These are training problems, in distribution.'
+        return (
+            f"From step {start}: answers right {100 * a:.1f} to {100 * b:.1f} %, reward per answer {r:+.2f} to "
+            f"{s:+.2f}, over {len(by['success'])} updates (first and last quarter)"
+        )
+
+    return (
+        '. '.join(say(start, d) for start, d in log.groupby('checkpoint'))
+        + '. These are training problems, in distribution.'
+    )
+
 
 def _evaluate(table):
     from rlheals.stats import summarise
-    said = summarise(table[(table.metric == 'success') & table.split.isin(['id', 'ood'])], ['stage', 'checkpoint', 'split'])
+
+    said = summarise(
+        table[(table.metric == 'success') & table.split.isin(['id', 'ood'])], ['stage', 'checkpoint', 'split']
+    )
     out = []
     for stage, d in said.groupby('stage', sort=False):
         id_, ood = (_by_checkpoint(d, split=s) for s in ('id', 'ood'))
         best = _best(ood)
         name = BASELINES[stage][0] if stage in BASELINES else stage.upper()
-        out.append(f"{name}: the best OOD accuracy is {spoken(ood[best])}, {'after' if stage == 'sft' else 'from'} step {best} (ID there {spoken(id_[best])})")
+        out.append(
+            f"{name}: the best OOD accuracy is {spoken(ood[best])}, {'after' if stage == 'sft' else 'from'} step "
+            f"{best} (ID there {spoken(id_[best])})"
+        )
     return '. '.join(out) + '.'
 
 _STAGES = dict(sft=_sft, rl=_rl, grpo=_rl, evaluate=_evaluate, baselines=_evaluate)
@@ -218,5 +370,6 @@ def stage_reading(
     table,  # that the stage made
 ) -> str:
     "What a stage of the chain came to, in words, computed from its table."
-    if stage not in _STAGES: raise ValueError(f"there is no reading of the stage {stage!r}, only of {', '.join(_STAGES)}")
+    if stage not in _STAGES:
+        raise ValueError(f"there is no reading of the stage {stage!r}, only of {', '.join(_STAGES)}")
     return _STAGES[stage](table)

@@ -10,11 +10,13 @@ from .plots import ID, MUTED, OOD, RL, SFT, STYLE, TASK_NAMES, percent_axis, ste
 
 # %% ../nbs/17g_reference.ipynb #91b7318c
 SOURCES = {
-    'OOD curve': 'arXiv 2509.12235, OOD accuracy of LLaMA on GeneralPoints, read off the figure (about 0.3 points either way)',
+    'OOD curve': 'arXiv 2509.12235, OOD accuracy of LLaMA on GeneralPoints, read off the figure (about 0.3 points '
+                 'either way)',
     'table': 'arXiv 2509.12235, the table of SFT_MaxOOD, SFT_End and RL_End',
     'loss': 'arXiv 2509.12235, loss along SFT: its start and its end (flat from step 30 on)',
     'format': 'arXiv 2509.12235, format errors along SFT',
-    'restoration': 'arXiv 2508.16546, restoration: 70 to 80 % of what was lost'}
+    'restoration': 'arXiv 2508.16546, restoration: 70 to 80 % of what was lost',
+}
 _STEPS = (0, 90, 140, 200, 300, 400, 500, 600, 700, 800, 900, 1000, 1100, 1200, 1300, 1400, 1500, 1600)
 _OOD = dict(sft=(0, 13.7, 17.52, 15.8, 16.2, 11.5, 10.7, 11.5, 10.3, 6.0, 5.1, 6.0, 6.92, 4.7, 9.4, 7.7, 8.5, 6.8),
             rl=(0, 4.3, 8.5, 7.7, 8.1, 10.3, 15.4, 13.2, 14.1, 9.4, 12.4, 11.5, 16.24, 4.7, 6.8, 3.7, 4.1, 4.7))
@@ -25,18 +27,24 @@ _TABLE = {('general_points', 'ood'): dict(LLaMA=(17.52, 6.92, 16.24), Qwen=(19.6
           ('navigation', 'id'): dict(LLaMA=(79.17, 80.23, 77.08), Qwen=(77.08, 83.33, 89.58))}
 
 def reported():
-    "The paper's numbers, as a table: `figure`, `model`, `task`, `what`, `split`, `checkpoint` (SFT step), `value`, `low`, `high`, `source`."
+    """The paper's numbers, as a table: `figure`, `model`, `task`, `what`, `split`, `checkpoint` (SFT step), `value`,
+    `low`, `high`, `source`."""
     import pandas as pd
     gp, rows = 'general_points', []
-    def add(figure, what, value, source, model='LLaMA', task=gp, **more): rows.append(dict(figure=figure, model=model, task=task, what=what, value=value, source=SOURCES[source]) | more)
+
+    def add(figure, what, value, source, model='LLaMA', task=gp, **more):
+        rows.append(dict(figure=figure, model=model, task=task, what=what, value=value, source=SOURCES[source]) | more)
+
     for stage, values in _OOD.items():
         for c, v in zip(_STEPS, values):
             add('F1', stage, v, 'OOD curve', split='ood', checkpoint=c)
             if stage == 'sft': add('F2', stage, v, 'OOD curve', split='ood', checkpoint=c)
-    for end, c, v in zip(_ENDS, (140, 1100), _TABLE[gp, 'id']['LLaMA']): add('F2', 'sft', v, 'table', split='id', checkpoint=c)
+    for end, c, v in zip(_ENDS, (140, 1100), _TABLE[gp, 'id']['LLaMA']):
+        add('F2', 'sft', v, 'table', split='id', checkpoint=c)
     for model, first in (('LLaMA', 2.03), ('Qwen', 1.09)):
         for c, v in ((0, first), (1600, .10)): add('F3', 'loss', v, 'loss', model, split='train', checkpoint=c)
-    for c, low, high in ((0, 100, 100), (10, 100, 100), (30, 50, 60), (50, 5, 5)): add('F4', 'format_error', (low + high) / 2, 'format', split='id', checkpoint=c, low=low, high=high)
+    for c, low, high in ((0, 100, 100), (10, 100, 100), (30, 50, 60), (50, 5, 5)):
+        add('F4', 'format_error', (low + high) / 2, 'format', split='id', checkpoint=c, low=low, high=high)
     for (task, split), by in _TABLE.items():
         for model, values in by.items():
             for end, v in zip(_ENDS, values): add('F5', end, v, 'table', model, task, split=split)
@@ -52,11 +60,13 @@ def _mark(ax, d, x, colour, marker='o', label=None):
     ax.plot(d[x], d.value, marker, ls='', ms=4.2, mfc='none', mec=colour, mew=1.1, label=label)
 
 def _f1(ax, d):
-    for stage, colour, label in (('sft', SFT, 'SFT'), ('rl', RL, 'RL from that step')): _mark(ax, d[d.what == stage], 'checkpoint', colour, 'o' if stage == 'sft' else 'D', label)
+    for stage, colour, label in (('sft', SFT, 'SFT'), ('rl', RL, 'RL from that step')):
+        _mark(ax, d[d.what == stage], 'checkpoint', colour, 'o' if stage == 'sft' else 'D', label)
     steps_axis(ax, d.checkpoint, log=False); percent_axis(ax, 'OOD accuracy (%)')
 
 def _f2(ax, d):
-    for split, colour in (('id', ID), ('ood', OOD)): _mark(ax, d[d.split == split], 'checkpoint', colour, 'o' if split == 'id' else 's', split.upper())
+    for split, colour in (('id', ID), ('ood', OOD)):
+        _mark(ax, d[d.split == split], 'checkpoint', colour, 'o' if split == 'id' else 's', split.upper())
     steps_axis(ax, d.checkpoint); percent_axis(ax, 'accuracy (%)')
 
 def _f3(ax, d):
@@ -72,8 +82,22 @@ def _f5(ax, d):
     for (model, split), part in d.groupby(['model', 'split']):
         shift = {'LLaMA': -.13, 'Qwen': .13}[model]
         y = [rows.index(r) + shift for r in zip(part.task, part.what)]
-        ax.plot(part.value, y, _MARKS[model], ls='', ms=4.2, mfc='none', mec=dict(id=ID, ood=OOD)[split], mew=1.1, label=f'{model}, {split.upper()}')
-    ax.set_yticks(range(len(rows)), [f'{TASK_NAMES[t]}, {e}' for t, e in rows]); ax.invert_yaxis(); ax.set(xlabel='accuracy (%)', xlim=(0, 100)); ax.grid(axis='y', visible=False)
+        ax.plot(
+            part.value,
+            y,
+            _MARKS[model],
+            ls='',
+            ms=4.2,
+            mfc='none',
+            mec=dict(id=ID, ood=OOD)[split],
+            mew=1.1,
+            label=f'{model}, {split.upper()}',
+        )
+    ax.set_yticks(range(len(rows)), [f'{TASK_NAMES[t]}, {e}' for t, e in rows])
+    ax.invert_yaxis()
+    ax.set(xlabel='accuracy (%)', xlim=(0, 100))
+    ax.grid(axis='y', visible=False)
+
 
 def _restored(ax, d):
     _mark(ax, d, 'share', '#882E72', label=d.what.iloc[0])

@@ -23,7 +23,11 @@ def answer_all(
 ) -> tuple[list[list[int]], list[list[int]]]:
     "One answer for each episode, generated together: (contexts, answers), both as token ids."
     contexts = [encode(tokenizer, e.turns) for e in episodes]
-    answers = engine(contexts) if engine else generate(model, tokenizer, contexts, max_new_tokens, temperature, seed, first=first)
+    answers = (
+        engine(contexts)
+        if engine
+        else generate(model, tokenizer, contexts, max_new_tokens, temperature, seed, first=first)
+    )
     for e, text in zip(episodes, tokenizer.batch_decode(answers, skip_special_tokens=True)): e.answer(task, text)
     return contexts, answers
 
@@ -52,12 +56,24 @@ def vllm_engine(
     temperature: float,
     memory: float = .3,  # share of the GPU's memory for vLLM's weights and cache
 ):
-    "A function contexts -> answers (token ids both) by vLLM, with the model's weights as they are when it is called; `ImportError` where vLLM is not installed."
+    """A function contexts -> answers (token ids both) by vLLM, with the model's weights as they are when it is called;
+    `ImportError` where vLLM is not installed."""
     from trl.import_utils import is_vllm_available
-    if not is_vllm_available(): raise ImportError("vLLM is not installed: pip install 'rlheals[gpu]', or use rl.engine=transformers")
+
+    if not is_vllm_available():
+        raise ImportError("vLLM is not installed: pip install 'rlheals[gpu]', or use rl.engine=transformers")
     from accelerate import Accelerator
     from trl.generation.vllm_generation import VLLMGeneration
-    vllm = VLLMGeneration(model, Accelerator(), tokenizer, temperature=temperature, max_completion_length=max_new_tokens, gpu_memory_utilization=memory)
+
+    vllm = VLLMGeneration(
+        model,
+        Accelerator(),
+        tokenizer,
+        temperature=temperature,
+        max_completion_length=max_new_tokens,
+        gpu_memory_utilization=memory,
+    )
+
     def answer(contexts):
         vllm.sync_weights()
         return vllm.generate(contexts, None, 1)[1]

@@ -9,7 +9,8 @@ __all__ = ['mean_loss', 'train_sft', 'sft_data', 'sft_stage', 'base_stage']
 import json, os, tempfile
 from pathlib import Path
 from .files import complete, need_room
-from .models import add_lora, check_finite, check_gradient, halving, load_model, save_model, set_up_torch, weight_bytes
+from .models import (add_lora, check_finite, check_gradient, halving, load_model, save_model, set_up_torch,
+                            weight_bytes)
 from .profiles import Run, keep_stopped, launch, tracker
 from .sharding import computing, is_sharded, over_all, processes
 from .tasks import examples, fingerprint, hash64
@@ -22,7 +23,8 @@ def mean_loss(
     collate,  # examples -> a batch with `labels`
     rows: int = 128,  # at a time
 ) -> float:
-    "Mean negative log-likelihood, in nats, of the tokens that count; the processes of a sharded model share the examples, and all get the result."
+    """Mean negative log-likelihood, in nats, of the tokens that count; the processes of a sharded model share the
+    examples, and all get the result."""
     import torch
     total, tokens, was_training, us = 0., 0, model.training, processes() if is_sharded(model) else None
     model.eval()
@@ -31,7 +33,8 @@ def mean_loss(
             these = range(lo, min(lo + rows, len(examples)))
             mine = these[us.process_index::us.num_processes] if us else these
             batch = {k: v.to(model.device) for k, v in collate([examples[i] for i in mine or these[:1]]).items()}
-            n = int((batch['labels'][:, 1:] != -100).sum()) if mine else 0  # who has none goes through the model with the others, for nothing
+            # who has none goes through the model with the others, for nothing
+            n = int((batch['labels'][:, 1:] != -100).sum()) if mine else 0
             total, tokens = total + model(**batch).loss.item() * n, tokens + n
     model.train(was_training)
     if us: total, tokens = over_all(torch.tensor([total, tokens], dtype=torch.float64, device=model.device)).tolist()
@@ -44,27 +47,49 @@ def train_sft(
     tests: dict,  # name -> `Dataset`: losses are measured on these
     settings: dict,  # the section `sft` of a profile
     seed: int = 0,
-    on_checkpoint=lambda step, model: None,  # called at each checkpoint with the model as it is (in all processes, if that is sharded)
+    # called at each checkpoint with the model as it is (in all processes, if that is sharded)
+    on_checkpoint=lambda step, model: None,
     progress=lambda done, total: None,  # called after each step
     penalty=None,  # model -> scalar that is added to the loss of each step; the table's losses are without it
     track=None,  # takes a step and a dict of what to follow there (see `tracker`)
 ):
-    "Fine-tune in place; a table of losses: columns split, checkpoint, metric, value. A batch that does not fit into memory is taken in parts, with the same result; a loss or gradient that is not finite is a `FloatingPointError`, and the weights are left as they were before it."
+    """Fine-tune in place; a table of losses: columns split, checkpoint, metric, value.
+
+    A batch that does not fit into memory is taken in parts, with the same result; a loss or gradient that is not finite
+    is a `FloatingPointError`, and the weights are left as they were before it."""
     import pandas as pd
     from datasets import disable_progress_bars
     from transformers import PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
     disable_progress_bars()  # of tokenizing: one bar is enough
-    c, rows, n, deepspeed = settings, [], processes(model.device.type).num_processes, os.environ.get('ACCELERATE_USE_DEEPSPEED') == 'true'
-    if c['batch_size'] % n: raise ValueError(f"sft.batch_size={c['batch_size']} cannot be shared by {n} processes: choose a multiple of {n}")
-    if not len(train): raise ValueError('there is nothing to train on: the training set is empty (see sft.examples and the task)')
+    c, rows, n, deepspeed = (
+        settings,
+        [],
+        processes(model.device.type).num_processes,
+        os.environ.get('ACCELERATE_USE_DEEPSPEED') == 'true',
+    )
+    if c['batch_size'] % n:
+        raise ValueError(
+            f"sft.batch_size={c['batch_size']} cannot be shared by {n} processes: choose a multiple of {n}"
+        )
+    if not len(train):
+        raise ValueError('there is nothing to train on: the training set is empty (see sft.examples and the task)')
     lower = f"lower sft.learning_rate={c['learning_rate']}"
 
     class Checkpoints(TrainerCallback):
         def look(self, step):
             plain = trainer.accelerator.unwrap_model(trainer.model)
             if is_sharded(plain) or trainer.is_world_process_zero():
-                found = [dict(split=name, stage='sft', checkpoint=step, metric='loss', value=mean_loss(plain, trainer.eval_dataset[name], trainer.data_collator)) for name in tests]
+                found = [
+                    dict(
+                        split=name,
+                        stage='sft',
+                        checkpoint=step,
+                        metric='loss',
+                        value=mean_loss(plain, trainer.eval_dataset[name], trainer.data_collator),
+                    )
+                    for name in tests
+                ]
                 if trainer.is_world_process_zero():
                     rows.extend(found)
                     if track: track(step, {f"{r['split']}_loss": r['value'] for r in found})
@@ -85,11 +110,14 @@ def train_sft(
             if state.global_step in c['checkpoints']: self.look(state.global_step)
 
     class Trainer(SFTTrainer):
-        rows, share = c['batch_size'], 1.  # how many of a batch go through the model at a time, at most; the share of it that just does
+        # how many of a batch go through the model at a time, at most; the share of it that just does
+        rows, share = c['batch_size'], 1.
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             step, size = super().training_step, len(inputs['input_ids'])
-            def gradient(rows):  # the loss is a sum over tokens, divided by those of the whole batch: gradients of parts add up to that of the whole
+            # the loss is a sum over tokens, divided by those of the whole batch: gradients of parts add
+            # up to that of the whole
+            def gradient(rows):
                 model.zero_grad()
                 total = 0.
                 for lo in range(0, size, rows):
@@ -98,8 +126,13 @@ def train_sft(
                     total = total + step(model, part, num_items_in_batch)
                 return total
             if n == 1: loss, self.rows = halving(gradient, self.rows, 'SFT')
-            else: loss = step(model, inputs, num_items_in_batch)  # processes that share a batch must all take the same steps
-            check_finite(over_all(loss) if is_sharded(model) else loss, f'the loss at SFT step {self.state.global_step}', lower)  # all or none stop
+            else:
+                # processes that share a batch must all take the same steps
+                loss = step(model, inputs, num_items_in_batch)
+            # all or none stop
+            check_finite(
+                over_all(loss) if is_sharded(model) else loss, f'the loss at SFT step {self.state.global_step}', lower
+            )
             return loss
 
         def compute_loss(self, model, *args, **kw):
@@ -110,12 +143,33 @@ def train_sft(
 
     with tempfile.TemporaryDirectory() as scratch:
         args = SFTConfig(
-            output_dir=scratch, max_steps=c['max_steps'], per_device_train_batch_size=c['batch_size'] // n,
-            learning_rate=c['learning_rate'], lr_scheduler_type=c['schedule'], warmup_steps=c['warmup_steps'], weight_decay=c['weight_decay'],
-            optim='adamw_torch_fused', completion_only_loss=True, packing=False, max_length=1024, seed=seed, data_seed=seed,
-            save_strategy='no', eval_strategy='no', logging_strategy='steps' if track else 'no', logging_steps=10, report_to='none', disable_tqdm=True,
-            activation_checkpointing=False, use_cpu=model.device.type == 'cpu' and not deepspeed, bf16=deepspeed and hasattr(model, 'computes_in'), dataloader_pin_memory=False)
-        trainer = Trainer(model, args, train_dataset=train, eval_dataset=tests, processing_class=tokenizer, callbacks=[Checkpoints()])
+            output_dir=scratch,
+            max_steps=c['max_steps'],
+            per_device_train_batch_size=c['batch_size'] // n,
+            learning_rate=c['learning_rate'],
+            lr_scheduler_type=c['schedule'],
+            warmup_steps=c['warmup_steps'],
+            weight_decay=c['weight_decay'],
+            optim='adamw_torch_fused',
+            completion_only_loss=True,
+            packing=False,
+            max_length=1024,
+            seed=seed,
+            data_seed=seed,
+            save_strategy='no',
+            eval_strategy='no',
+            logging_strategy='steps' if track else 'no',
+            logging_steps=10,
+            report_to='none',
+            disable_tqdm=True,
+            activation_checkpointing=False,
+            use_cpu=model.device.type == 'cpu' and not deepspeed,
+            bf16=deepspeed and hasattr(model, 'computes_in'),
+            dataloader_pin_memory=False,
+        )
+        trainer = Trainer(
+            model, args, train_dataset=train, eval_dataset=tests, processing_class=tokenizer, callbacks=[Checkpoints()]
+        )
         trainer.remove_callback(PrinterCallback)  # what it would print is in the table
         trainer.train()
     return pd.DataFrame(rows)
@@ -124,18 +178,27 @@ def train_sft(
 def sft_data(
     run: Run,
     tokenizer,
-    splits=('id', 'ood'),  # on which losses are measured, beside `train`
+    parts=('id', 'ood'),  # on which losses are measured, beside `train`
 ):  # (split -> problems and answers, `Dataset` to train on, split -> `Dataset` to measure on)
     "The training examples and test problems of a run's SFT."
     task, chat, c = run.task(), bool(tokenizer.chat_template), run.config['sft']
-    pairs = {s: examples(task, s, c['examples' if s == 'train' else 'test_examples'], run.seed) for s in ('train', *splits)}
-    return pairs, as_dataset(task, pairs['train'], chat), {s: as_dataset(task, p[:c['test_examples']], chat) for s, p in pairs.items()}
+    pairs = {
+        k: examples(task, s, c['examples' if s == 'train' else 'test_examples'], run.seed)
+        for k, s in dict(train='train', **{k: run.splits[k] for k in parts}).items()
+    }
+    return (
+        pairs,
+        as_dataset(task, pairs['train'], chat),
+        {s: as_dataset(task, p[: c['test_examples']], chat) for s, p in pairs.items()},
+    )
+
 
 def sft_stage(
     run: Run,
     progress=lambda done, total: None,
 ):
-    "The SFT stage of a run: writes the checkpoints and the table `losses` (`problems`: fingerprint of the training set, or of the test set)."
+    """The SFT stage of a run: writes the checkpoints and the table `losses` (`problems`: fingerprint of the training
+    set, or of the test set)."""
     c = run.config['sft']
     if launch(run, 'sft'): return run.load('losses')
     set_up_torch(c['threads'], seed=run.seed)
@@ -144,8 +207,17 @@ def sft_stage(
     need_room(run.dir, (len(c['checkpoints']) + 1) * weight_bytes(model), 'the checkpoints of SFT')
     pairs, train, tests = sft_data(run, tok)
     with tracker(run, 'sft') as track, keep_stopped(run, 'sft', model, tok):
-        losses = train_sft(model, tok, train, tests, c, hash64(run.seed, 'sft') % 2**31,
-                           lambda step, m: save_model(m, tok, run.checkpoint('sft', step), run.config['storage']['max_shard_size']), progress, track=track)
+        losses = train_sft(
+            model,
+            tok,
+            train,
+            tests,
+            c,
+            hash64(run.seed, 'sft') % 2**31,
+            lambda step, m: save_model(m, tok, run.checkpoint('sft', step), run.config['storage']['max_shard_size']),
+            progress,
+            track=track,
+        )
     if losses.empty: return  # another process has them
     losses.insert(1, 'problems', losses['split'].map({s: fingerprint([p for p, _ in ps]) for s, ps in pairs.items()}))
     return run.save(losses, 'losses')
@@ -155,7 +227,8 @@ def base_stage(
     run: Run,
     progress=lambda done, total: None,
 ):
-    "Pretrain a base model on the small world with this run's seed and the section `base` of its settings, where `model.name` is `anew`: writes the checkpoint and how it was made."
+    """Pretrain a base model on the small world with this run's seed and the section `base` of its settings, where
+    `model.name` is `anew`: writes the checkpoint and how it was made."""
     from rlheals.world import pretrain
     c = run.config['base']
     model, tok, record = pretrain(print, progress, **c, seed=hash64(run.seed, 'base') % 2**31)

@@ -34,7 +34,8 @@ def episode_interval(
 def _over_seeds(samples):  # mean, standard error, degrees of freedom
     means, n = np.array([np.mean(s) for s in samples]), len(samples)
     by_seeds = means.var(ddof=1)
-    variance = max(by_seeds, np.mean([np.var(s, ddof=1) / len(s) if len(s) > 1 else 0. for s in samples]))  # of one seed's mean
+    # of one seed's mean
+    variance = max(by_seeds, np.mean([np.var(s, ddof=1) / len(s) if len(s) > 1 else 0. for s in samples]))
     return means.mean(), np.sqrt(variance / n), min(1e6, (n - 1) * (variance / by_seeds)**2) if by_seeds > 0 else 1e6
 
 def interval(
@@ -42,12 +43,17 @@ def interval(
     kind: str = 'mean',  # one of `KINDS`
     level: float = .95,
 ) -> tuple[float, float]:
-    "One seed: `episode_interval`. More: Student's t over the seeds' means, never narrower than with independent episodes."
+    """One seed: `episode_interval`.
+
+    More: Student's t over the seeds' means, never narrower than with independent episodes."""
     if len(samples) == 1: return episode_interval(samples[0], kind, level)
     from scipy import stats
     mean, error, df = _over_seeds(samples)
     low, high = stats.t.interval(level, df, mean, error) if error > 0 else (mean, mean)
-    alone, (least, most) = episode_interval(np.concatenate(samples), kind, level), dict(rate=(0, 1), difference=(-1, 1)).get(kind, (-np.inf, np.inf))
+    alone, (least, most) = (
+        episode_interval(np.concatenate(samples), kind, level),
+        dict(rate=(0, 1), difference=(-1, 1)).get(kind, (-np.inf, np.inf)),
+    )
     return float(max(least, np.fmin(low, alone[0]))), float(min(most, np.fmax(high, alone[1])))
 
 def p_value(
@@ -58,10 +64,14 @@ def p_value(
     from scipy import stats
     x = np.concatenate([np.asarray(s, float) for s in samples])
     n, s, squares = len(x), x.sum(), (x**2).sum()
-    if kind == 'difference': n, squares = n + 2, squares + 1  # half an observation for each of the four outcomes of a pair, as in `episode_interval`
+    # half an observation for each of the four outcomes of a pair, as in `episode_interval`
+    if kind == 'difference': n, squares = n + 2, squares + 1
     error = np.sqrt(max(0, squares / n - (s / n)**2) / (n - 1)) if n > 1 else np.nan
     spread = (s / n, error, 1e6 if kind == 'difference' else n - 1)
-    def p(mean, error, df): return np.nan if np.isnan(error) else 2 * stats.t.sf(abs(mean) / error, df) if error > 0 else float(mean == 0)
+
+    def p(mean, error, df):
+        return np.nan if np.isnan(error) else 2 * stats.t.sf(abs(mean) / error, df) if error > 0 else float(mean == 0)
+
     return float(np.fmax(p(*spread), p(*_over_seeds(samples)) if len(samples) > 1 else np.nan))
 
 # %% ../nbs/14_stats.ipynb #70549aa1
@@ -75,7 +85,9 @@ def summarise(
     by, df = [by] if isinstance(by, str) else list(by), df.dropna(subset='value').reset_index(drop=True)
     metric = df['metric'] if 'metric' in df else pd.Series('value', index=df.index)
     if 'metric' not in by and metric.nunique() > 1:
-        raise ValueError(f"the groups would mix metrics ({', '.join(sorted(metric.unique()))}): choose one, or put 'metric' in `by`")
+        raise ValueError(
+            f"the groups would mix metrics ({', '.join(sorted(metric.unique()))}): choose one, or put 'metric' in `by`"
+        )
     rate = df['value'].isin((0, 1)).groupby(metric).transform('all')
     rows = []
     for key, group in df.groupby(by, sort=True):
@@ -91,7 +103,8 @@ def differences(
     by,  # column or columns that make a group
     level: float = .95,
 ):
-    "Per group present in both: mean of `a - b` over paired episodes, its interval, whether that `excludes_0`, and the p-value of no difference."
+    """Per group present in both: mean of `a - b` over paired episodes, its interval, whether that `excludes_0`, and the
+    p-value of no difference."""
     import pandas as pd
     by = [by] if isinstance(by, str) else list(by)
     keys = [*by, 'seed', 'episode']
@@ -101,16 +114,35 @@ def differences(
     for key, group in pairs.assign(value=pairs.value_a - pairs.value_b).groupby(by, sort=True):
         samples = [g.to_numpy(float) for _, g in group.groupby('seed')['value']]
         low, high = interval(samples, kind, level)
-        rows.append((*key, len(group), len(samples), np.mean([s.mean() for s in samples]), low, high, bool(low > 0 or high < 0), p_value(samples, kind)))
+        rows.append(
+            (
+                *key,
+                len(group),
+                len(samples),
+                np.mean([s.mean() for s in samples]),
+                low,
+                high,
+                bool(low > 0 or high < 0),
+                p_value(samples, kind),
+            )
+        )
     return pd.DataFrame(rows, columns=[*by, 'n', 'seeds', 'mean', 'low', 'high', 'excludes_0', 'p'])
 
 # %% ../nbs/14_stats.ipynb #289cfd64
 def landmarks(
     evaluation,  # DataFrame: `split`, `stage`, `checkpoint`, `seed`, `metric`, `value`
 ) -> dict[str, int]:
-    "The SFT steps `max_ood` (highest OOD success, mean over seeds; the earliest of equals) and `end` (the last)."
+    """The SFT steps `max_ood` (highest OOD success, mean over seeds; the earliest of equals), `end` (SFT_End: where
+    `is_end` says so, else the last) and `last`."""
     e = evaluation
     sft = e[(e.stage == 'sft') & (e.split == 'ood') & (e.metric == 'success')]
-    if sft.empty: raise ValueError("the table 'evaluation' has no OOD success of any SFT checkpoint: evaluate the SFT checkpoints on split 'ood' first")
+    if sft.empty:
+        raise ValueError(
+            "the table 'evaluation' has no OOD success of any SFT checkpoint: evaluate the SFT checkpoints on split "
+            "'ood' first"
+        )
     means = sft.groupby(['checkpoint', 'seed'])['value'].mean().groupby('checkpoint').mean()
-    return dict(max_ood=int(means.idxmax()), end=int(means.index.max()))
+    marked = sft[sft.is_end.astype(bool)].checkpoint if 'is_end' in sft else means.index
+    return dict(
+        max_ood=int(means.idxmax()), end=int(max(marked, default=means.index.max())), last=int(means.index.max())
+    )

@@ -41,7 +41,8 @@ def status(
     run: Run,
     tasks=(),  # names (default: all that have been begun)
 ):
-    "One row per task and stage: `done` and `begun` (lists of seeds), `files`, `bytes`, `newest` (seconds since 1970; NaN: nothing)."
+    """One row per task and stage: `done` and `begun` (lists of seeds), `files`, `bytes`, `newest` (seconds since 1970;
+    NaN: nothing)."""
     import pandas as pd
     rows = []
     for t in tasks or [t for t in TASKS if (run.dir/t).is_dir()]:
@@ -52,11 +53,34 @@ def status(
                 have = _files(wanted)
                 if have: (done if all(p.exists() for p in wanted) else begun).append(seed)
                 all_files += have
-            rows.append(dict(task=t, stage=stage, done=done, begun=begun, files=len(all_files), bytes=sum(f.stat().st_size for f in all_files),
-                             newest=max((f.stat().st_mtime for f in all_files), default=float('nan'))))
-        pictures = [f for name in FIGURES for f in [figures_dir(replace(run, task_name=t), name)/f'{name}.png'] if f.exists() and (t == HOME or f.parent.name == t)]
-        rows.append(dict(task=t, stage='figures', done=[p.stem for p in pictures], begun=[], files=len(pictures), bytes=sum(p.stat().st_size for p in pictures),
-                         newest=max((p.stat().st_mtime for p in pictures), default=float('nan'))))
+            rows.append(
+                dict(
+                    task=t,
+                    stage=stage,
+                    done=done,
+                    begun=begun,
+                    files=len(all_files),
+                    bytes=sum(f.stat().st_size for f in all_files),
+                    newest=max((f.stat().st_mtime for f in all_files), default=float('nan')),
+                )
+            )
+        pictures = [
+            f
+            for name in FIGURES
+            for f in [figures_dir(replace(run, task_name=t), name) / f'{name}.png']
+            if f.exists() and (t == HOME or f.parent.name == t)
+        ]
+        rows.append(
+            dict(
+                task=t,
+                stage='figures',
+                done=[p.stem for p in pictures],
+                begun=[],
+                files=len(pictures),
+                bytes=sum(p.stat().st_size for p in pictures),
+                newest=max((p.stat().st_mtime for p in pictures), default=float('nan')),
+            )
+        )
     return pd.DataFrame(rows, columns=['task', 'stage', 'done', 'begun', 'files', 'bytes', 'newest'])
 
 # %% ../nbs/19c_status.ipynb #7b2e53c1

@@ -23,10 +23,17 @@ def open_store(
 ):  # (an `fsspec` file system, the path in it)
     "Where a store is; `ValueError` if it cannot be reached."
     import fsspec
-    remedy = 'use a directory, or a URL that fsspec knows (s3://, with pip install \'rlheals[s3]\'; gs://, sftp:// ... with the packages it names)'
+
+    remedy = (
+        'use a directory, or a URL that fsspec knows (s3://, with pip install \'rlheals[s3]\'; gs://, sftp:// ... with '
+        'the packages it names)'
+    )
     try:
-        fs, path = fsspec.core.url_to_fs(str(url), **(dict(use_listings_cache=False) if str(url).startswith('s3:') else {}))
-        if str(url).startswith(('s3:', 'gs:')) and not fs.exists(bucket := path.partition('/')[0]): raise FileNotFoundError(f'there is no bucket {bucket}')
+        fs, path = fsspec.core.url_to_fs(
+            str(url), **(dict(use_listings_cache=False) if str(url).startswith('s3:') else {})
+        )
+        if str(url).startswith(('s3:', 'gs:')) and not fs.exists(bucket := path.partition('/')[0]):
+            raise FileNotFoundError(f'there is no bucket {bucket}')
         fs.exists(f'{path}/{MANIFEST}')
     except Exception as e:  # each file system has its own errors
         raise ValueError(f'the store {str(url)!r} cannot be reached [{str(e) or type(e).__name__}]: {remedy}') from e
@@ -40,17 +47,32 @@ def read_manifest(
 
 def _manifest(fs, path):
     if not fs.exists(f'{path}/{MANIFEST}'): return {}
-    try: return json.loads(fs.cat_file(f'{path}/{MANIFEST}'))
-    except ValueError as e: raise ValueError(f'{path}/{MANIFEST} is not a manifest [{e}]: use the URL of a store, or of a place where there is nothing yet') from e
+    try:
+        return json.loads(fs.cat_file(f'{path}/{MANIFEST}'))
+    except ValueError as e:
+        raise ValueError(
+            f'{path}/{MANIFEST} is not a manifest [{e}]: use the URL of a store, or of a place where there is nothing '
+            'yet'
+        ) from e
 
-def _kept(folder):  # the files of a run that are worth keeping: not what is half-written, or only means something to processes of this machine
+
+# the files of a run that are worth keeping: not what is half-written, or only means something to processes of this
+# machine
+def _kept(folder):
     files = sorted(Path(folder).rglob('*'))
-    hollow = {f.parent for f in files if f.name == SUMS and incomplete(f.parent)}  # checkpoints whose weights were deleted
+    # checkpoints whose weights were deleted
+    hollow = {f.parent for f in files if f.name == SUMS and incomplete(f.parent)}
     for f in files:
         name = f.relative_to(folder)
         if f.is_symlink() or not f.is_file() or not hollow.isdisjoint(f.parents): continue
         if name.parts[:2] != ('.snakemake', 'metadata'):  # by which Snakemake knows that what is newer may be the same
-            if {'partial', 'svd', 'conditions'} & set(name.parts) or any(p.startswith('.') for p in name.parts[:-1]) or f.name.startswith('.') and f.suffix != '.sha256': continue
+            if (
+                {'partial', 'svd', 'conditions'} & set(name.parts)
+                or any(p.startswith('.') for p in name.parts[:-1])
+                or f.name.startswith('.')
+                and f.suffix != '.sha256'
+            ):
+                continue
         yield str(name), f
 
 # %% ../nbs/05d_store.ipynb #2afc79e7
@@ -62,7 +84,12 @@ def put(
     "Put files of a run into a store that are not there, or are others there; their names."
     fs, path = open_store(url)
     have, there = dict(_kept(folder)), _manifest(fs, path)
-    wanted = lambda name: only is None or any(name == o or name.startswith(f'{o}/') for o in only) or Path(name).name.startswith('.') and any(str(record_of(o)) == name for o in only)
+    wanted = lambda name: (
+        only is None
+        or any(name == o or name.startswith(f'{o}/') for o in only)
+        or Path(name).name.startswith('.')
+        and any(str(record_of(o)) == name for o in only)
+    )
     states = {name: [f.stat().st_size, f.stat().st_mtime_ns] for name, f in have.items() if wanted(name)}
     new = [name for name, state in states.items() if there.get(name) != state]
     for name in sorted(new, key=lambda n: not (n.endswith(SUMS) or n.endswith('.sha256'))):
@@ -81,7 +108,8 @@ def fetch(
     fs, path = open_store(url)
     there, folder = _manifest(fs, path), Path(folder)
     names = [n for n in there if only is None or any(n == o or n.startswith(f'{o}/') for o in only)]
-    whole = {os.path.dirname(n): [] for n in names if os.path.basename(n) == SUMS}  # directories that appear when they are complete, and what is in them
+    # directories that appear when they are complete, and what is in them
+    whole = {os.path.dirname(n): [] for n in names if os.path.basename(n) == SUMS}
     single, got = [], []
     for n in names: next((whole[str(d)] for d in PurePosixPath(n).parents if str(d) in whole), single).append(n)
     def one(name, to):
@@ -103,7 +131,12 @@ def fetch(
     return got
 
 def _whole(path, source):
-    if bad := damaged(path): raise Damaged(f'{bad[0].name} in {source} is damaged: it is not what was put there (SHA-256). Delete it there and put it there again, or let the run make it again')
+    if bad := damaged(path):
+        raise Damaged(
+            f'{bad[0].name} in {source} is damaged: it is not what was put there (SHA-256). Delete it there and put it '
+            'there again, or let the run make it again'
+        )
+
 
 def fetch_checkpoint(
     url: str,  # of a directory with a checkpoint, like `s3://bucket/prefix/.../sft-000640`
@@ -111,12 +144,16 @@ def fetch_checkpoint(
 ) -> Path:
     "A checkpoint from wherever `fsspec` gets to, fetched once and kept; `ValueError` if there is none."
     url = str(url).rstrip('/')
-    to = Path(cache or os.environ.get('RLHEALS_CACHE', '~/.cache/rlheals')).expanduser()/f"{hash64(url):016x}-{url.rpartition('/')[2]}"
+    to = (
+        Path(cache or os.environ.get('RLHEALS_CACHE', '~/.cache/rlheals')).expanduser()
+        / f"{hash64(url):016x}-{url.rpartition('/')[2]}"
+    )
     if to.is_dir(): return to  # before anybody is asked: it is looked for each time the model is
     fs, path = open_store(url)
     try: files = fs.find(path)
     except FileNotFoundError: files = []
-    if not any(f.endswith('.safetensors') for f in files): raise ValueError(f'there is no checkpoint at {url}: give the URL of a directory that save_pretrained wrote')
+    if not any(f.endswith('.safetensors') for f in files):
+        raise ValueError(f'there is no checkpoint at {url}: give the URL of a directory that save_pretrained wrote')
     with complete(to) as tmp:
         for f in files:
             target = tmp/os.path.relpath(f, path)

@@ -15,7 +15,7 @@ from .profiles import EDITS, Run
 from .spectra import decompose, full_precision, principal_angles, rank_of_share, svd
 from .stats import landmarks
 from .tasks import hash64
-from .weights import check_same, matrices, open_model, read
+from .weights import check_same, matrices, open_model, put, read
 
 # %% ../nbs/16_surgery.ipynb #8d83182a
 TAKES = ('directions', 'both', 'values')
@@ -36,7 +36,9 @@ def chosen(
     "Which indices an edit replaces."
     import torch
     if min(k_top, k_tail, k_middle) < 0 or k_top + k_tail + k_middle > r:
-        raise ValueError(f'k_top={k_top}, k_tail={k_tail} and k_middle={k_middle} must add up to 0 to {r}, the full rank')
+        raise ValueError(
+            f'k_top={k_top}, k_tail={k_tail} and k_middle={k_middle} must add up to 0 to {r}, the full rank'
+        )
     i, start = torch.arange(r), k_top + (r - k_top - k_tail - k_middle) // 2
     return (i < k_top) | (i >= r - k_tail) | ((i >= start) & (i < start + k_middle))
 
@@ -50,7 +52,8 @@ def splice(
     k_middle: int = 0,  # and this many in the middle between them
     orthogonal: bool = False,  # replace the mixed U and V by the orthonormal frames nearest to them
 ):  # (m, n)
-    "The target's matrix with the donor's singular directions, values or both at the chosen indices (paper: restoration)."
+    """The target's matrix with the donor's singular directions, values or both at the chosen indices (paper:
+    restoration)."""
     import torch
     if take not in TAKES: raise ValueError(f'take is one of {", ".join(TAKES)}, not {take!r}')
     (Ud, Sd, Vd), (Ut, St, Vt) = donor, target
@@ -62,7 +65,8 @@ def splice(
 def polar(
     M,  # (m, r), m >= r
 ):  # (m, r), orthonormal columns
-    "The orthonormal frame nearest to `M` in the Frobenius norm: `P Q^T` of its decomposition `P S Q^T` (Fan & Hoffman 1955; Higham 1986)."
+    """The orthonormal frame nearest to `M` in the Frobenius norm: `P Q^T` of its decomposition `P S Q^T` (Fan & Hoffman
+    1955; Higham 1986)."""
     P, _, Qt = svd(M, str(M.dtype).removeprefix('torch.'))
     return P @ Qt
 
@@ -109,7 +113,8 @@ def interpolate_matched(
 # %% ../nbs/16_surgery.ipynb #443acbda
 def _random_basis(A, n, generator):  # n random orthonormal columns, orthogonal to those of A
     import torch
-    noise = torch.randn(len(A), n, generator=generator, dtype=torch.float64).to(A)  # drawn on the CPU: the same on every device
+    # drawn on the CPU: the same on every device
+    noise = torch.randn(len(A), n, generator=generator, dtype=torch.float64).to(A)
     Q, R = torch.linalg.qr(torch.cat([A, noise], 1))
     return (Q * R.diagonal().sign())[:, A.shape[1]:]  # the sign makes it uniform (Mezzadri 2007)
 
@@ -157,11 +162,13 @@ def edit_matrix(
     seed: int = 0,  # for `random` and `parameters`
     where: str = 'top',  # `top`, `tail` or `middle`: which k directions
 ):  # (m, n)
-    "One matrix edited; `interpolation` goes k / r of the straight way, `matched` as far as `directions` would with the same k."
+    """One matrix edited; `interpolation` goes k / r of the straight way, `matched` as far as `directions` would with
+    the same k, `whole` all the way whatever k is."""
     if edit not in EDITS: raise ValueError(f'there is no edit {edit!r}: use one of {", ".join(EDITS)}')
     if where not in PLACES: raise ValueError(f'where is one of {", ".join(PLACES)}, not {where!r}')
     if edit == 'random' and where != 'top': raise ValueError(f"'random' turns the top directions only, not the {where}")
     ks = dict(k_top=0) | {f'k_{where}': k}
+    if edit == 'whole': return join(donor if k else target)
     if edit in TAKES: return splice(donor, target, take=edit, **ks)
     if edit == 'orthogonal': return splice(donor, target, orthogonal=True, **ks)
     if edit == 'random': return join(random_rotation(donor, target, k, seed))
@@ -175,13 +182,20 @@ def how_far(
     target,  # (m, n)
     edited,  # (m, n)
 ) -> dict:
-    "An edit's `size`, its `progress` along the way to the donor and what is `left` of it, all in units of that way's length."
+    """An edit's `size`, its `progress` along the way to the donor and what is `left` of it, all in units of that way's
+    length."""
     gap, move = donor - target, edited - target
-    return dict(size=(move.norm() / gap.norm()).item(), progress=((move * gap).sum() / gap.norm()**2).item(), left=((donor - edited).norm() / gap.norm()).item())
+    return dict(
+        size=(move.norm() / gap.norm()).item(),
+        progress=((move * gap).sum() / gap.norm() ** 2).item(),
+        left=((donor - edited).norm() / gap.norm()).item(),
+    )
 
 # %% ../nbs/16_surgery.ipynb #79d18b74
 class Surgery:
-    "Edits of a target model towards a donor. Without `cache` the SVDs of both stay in memory: up to four times the model in float32."
+    """Edits of a target model towards a donor.
+
+    Without `cache` the SVDs of both stay in memory: up to four times the model in float32."""
     def __init__(self,
         donor,  # a checkpoint as `matrices` opens it, or a state dict
         target,  # the same
@@ -189,9 +203,19 @@ class Surgery:
         dtype: str = 'float32',  # to compute in, `float32` or `float64`
         cache=None,  # directory of `decompose`
         config: dict | None = None,  # of state dicts with fused projections: the model's configuration
+        kinds=None,  # kinds of matrices that edits may ask for; `None`: all
     ):
-        self.checkpoint, self.device, self.dtype, self.cache, self._svds = dict(donor=donor, target=target), pick_device(device), dtype, cache, {}
-        self.of = {k: {n: m._replace(source=k) if isinstance(c, dict) else m for n, m in matrices(c, None, config).items()} for k, c in self.checkpoint.items()}
+        self.checkpoint, self.device, self.dtype, self.cache, self._svds = (
+            dict(donor=donor, target=target),
+            pick_device(device),
+            dtype,
+            cache,
+            {},
+        )
+        self.of = {
+            k: {n: m._replace(source=k) if isinstance(c, dict) else m for n, m in matrices(c, kinds, config).items()}
+            for k, c in self.checkpoint.items()
+        }
         check_same({k: {n: m.shape for n, m in ms.items()} for k, ms in self.of.items()})
 
     def svds(self, name: str):
@@ -203,9 +227,17 @@ class Surgery:
 
     def names(self, layers=None, kinds=None) -> list[str]:
         "The matrices of some layers and kinds; `None`: all of them, embeddings and head too."
-        for wanted, have, what in ((layers, {m.layer for m in self.of['target'].values()} - {None}, 'layers'), (kinds, {m.kind for m in self.of['target'].values()}, 'kinds')):
-            if wrong := set(wanted or ()) - have: raise ValueError(f'there are no {what} {sorted(wrong)}: this model has {sorted(have)}')
-        return [n for n, m in self.of['target'].items() if (layers is None or m.layer in set(layers)) and (kinds is None or m.kind in kinds)]
+        for wanted, have, what in (
+            (layers, {m.layer for m in self.of['target'].values()} - {None}, 'layers'),
+            (kinds, {m.kind for m in self.of['target'].values()}, 'kinds'),
+        ):
+            if wrong := set(wanted or ()) - have:
+                raise ValueError(f'there are no {what} {sorted(wrong)}: this model has {sorted(have)}')
+        return [
+            n
+            for n, m in self.of['target'].items()
+            if (layers is None or m.layer in set(layers)) and (kinds is None or m.kind in kinds)
+        ]
 
     @full_precision()
     def edit(self,
@@ -216,10 +248,19 @@ class Surgery:
         kinds=None,  # kinds of matrices to edit; `None`: all
         where: str = 'top',  # `top`, `tail` or `middle`
     ) -> dict:
-        "The edited tensors, of the target's type and device, for `model.load_state_dict(..., strict=False)`."
+        "The edited tensors, of the target's type and device, for `put(model, ...)`."
+        if edit == 'whole':  # the matrices of these layers and, always, embeddings and head
+            names = dict.fromkeys(
+                [*self.names(layers, kinds), *(n for n, m in self.of['target'].items() if m.layer is None)]
+            )
+            return self.stored({n: read(self.of['donor'][n], self.device, self.dtype) for n in names})
         def changed(name):
             donor, target = self.svds(name)
-            return edit_matrix(donor, target, edit, rank_of_share(share, len(target[1])), hash64(seed, name), where).cpu()  # all of them may be more than a GPU holds
+            # all of them may be more than a GPU holds
+            return edit_matrix(
+                donor, target, edit, rank_of_share(share, len(target[1])), hash64(seed, name), where
+            ).cpu()
+
         return self.stored({n: changed(n) for n in self.names(layers, kinds)})
 
     def sweep(self,
@@ -232,7 +273,13 @@ class Surgery:
         ladders = {}
         for n in self.names(layers, kinds):
             donor, target = self.svds(n)
-            ladders[n] = splices(donor, target, [rank_of_share(s, len(target[1])) for s in shares], edit, read(self.of['target'][n], self.device, self.dtype).clone())
+            ladders[n] = splices(
+                donor,
+                target,
+                [rank_of_share(s, len(target[1])) for s in shares],
+                edit,
+                read(self.of['target'][n], self.device, self.dtype).clone(),
+            )
         for share in shares: yield share, self.stored({n: next(ladder).clone() for n, ladder in ladders.items()})
 
     def stored(self, edited: dict) -> dict:  # name of a tensor -> tensor
@@ -242,7 +289,11 @@ class Surgery:
         for tensor in dict.fromkeys(of[n].tensor for n in edited):
             rows = sorted((m for m in of.values() if m.tensor == tensor), key=lambda m: m.rows)
             like = rows[0].load()
-            out[tensor] = torch.cat([(edited[m.name] if m.name in edited else m.load()).to(like) for m in rows]) if len(rows) > 1 else edited[rows[0].name].to(like)
+            out[tensor] = (
+                torch.cat([(edited[m.name] if m.name in edited else m.load()).to(like) for m in rows])
+                if len(rows) > 1
+                else edited[rows[0].name].to(like)
+            )
         return out
 
     def save(self,
@@ -250,10 +301,15 @@ class Surgery:
         **edit,  # of `edit`
     ):
         "Write the edited target as an ordinary Hugging Face directory, in the target's type."
-        if isinstance(self.checkpoint['target'], dict): raise ValueError('a state dict has no tokenizer and no configuration to write: give the target as a checkpoint')
+        if isinstance(self.checkpoint['target'], dict):
+            raise ValueError(
+                'a state dict has no tokenizer and no configuration to write: give the target as a checkpoint'
+            )
         new = self.edit(**edit)
-        model, tok = open_model(self.checkpoint['target'], 'cpu', str(next(iter(new.values())).dtype).removeprefix('torch.'))
-        if unknown := model.load_state_dict(new, strict=False).unexpected_keys: raise ValueError(f'the model has no {unknown[0]!r}: its names differ from those of its weights')
+        model, tok = open_model(
+            self.checkpoint['target'], 'cpu', str(next(iter(new.values())).dtype).removeprefix('torch.')
+        )
+        put(model, new)
         save_model(model, tok, path)
 
 # %% ../nbs/16_surgery.ipynb #215f6cf7
@@ -281,9 +337,10 @@ def surgery_plan(
     blocks = [list(range(i * layers // n, (i + 1) * layers // n)) for i in range(n)] + [list(range(layers))]
     by_rank = lambda edits: [dict(edit=e, share=s, layers=None) for e in edits for s in c['ranks']]
     by_layers = lambda edits: [dict(edit=e, share=1., layers=b) for e in edits for b in blocks]
-    if sweep == 'rank': return ends + by_rank(c['edits'])
-    if sweep == 'impose': return ends + by_rank([e for e in c['edits'] if e not in ('both', 'interpolation')])
-    if sweep == 'layers': return ends + by_layers([e for e in c['edits'] if e in ('directions', 'values', 'matched')])
+    if sweep == 'rank': return ends + by_rank([e for e in c['edits'] if e != 'whole'])
+    if sweep == 'impose': return ends + by_rank([e for e in c['edits'] if e not in ('both', 'interpolation', 'whole')])
+    if sweep == 'layers':
+        return ends + by_layers([e for e in c['edits'] if e in ('directions', 'values', 'matched', 'whole')])
     return by_rank(['directions']) + by_layers(['directions'])
 
 def surgery_ends(
@@ -291,14 +348,18 @@ def surgery_ends(
     sweep: str,  # one of `SWEEPS`
 ):
     "The directories of donor and target."
-    best = lambda r: r.checkpoint('sft', landmarks(r.load(*evaluation_parts(r, 'sft')))['max_ood'])
-    if sweep == 'impose': return run.checkpoint('sft', last := max(run.config['rl']['starts'])), run.checkpoint('rl', last)
-    if sweep == 'seed' and run.seed == 0: raise ValueError('a donor from another seed needs a seed before this one: seed 0 has none, run seed 1')
-    return best(replace(run, seed=run.seed - 1) if sweep == 'seed' else run), run.checkpoint('sft', run.config['sft']['max_steps'])
+    best, end = lambda r: r.checkpoint('sft', landmarks(r.load(*evaluation_parts(r, 'sft')))['max_ood']), run.sft_end
+    if sweep == 'impose': return run.checkpoint('sft', end), run.checkpoint('rl', end)
+    if sweep == 'seed' and run.seed == run.first_seed:
+        raise ValueError(
+            f'a donor from another seed needs a seed before this one: seed {run.seed} has none, run seed {run.seed + 1}'
+        )
+    return best(replace(run, seed=run.seed - 1) if sweep == 'seed' else run), run.checkpoint('sft', end)
 
 def surgery_stage(
     run: Run,
-    sweep: str,  # `rank`, `layers`; `impose`: the directions of the last SFT checkpoint on RL from it; `seed`: a donor from the seed before
+    # `rank`, `layers`; `impose`: the directions of SFT_End on RL from it; `seed`: a donor from the seed before
+    sweep: str,
     progress=lambda done, total: None,
 ):
     "One sweep of a run: writes the table `surgery-<sweep>`, one row per edit, episode and metric."
@@ -311,15 +372,26 @@ def surgery_stage(
     surgery, out, seen = Surgery(*paths, device=m['device'], cache=run.path('svd')), [], {}
     plan = surgery_plan(sweep, c['surgery'], model.config.num_hidden_layers)
     for i, what in enumerate(plan):
-        b, edit = what['layers'], 'donor' if what['share'] == 1 and what['layers'] is None and what['edit'] in ('both', 'interpolation', 'parameters') else what['edit']  # these are the donor then
+        # these are the donor then
+        b, edit = (
+            what['layers'],
+            'donor'
+            if what['share'] == 1 and what['layers'] is None and what['edit'] in ('both', 'interpolation', 'parameters')
+            else what['edit'],
+        )
         if edit not in seen or edit in EDITS:
             model.load_state_dict(donor if edit == 'donor' else target)
-            if edit in EDITS: model.load_state_dict(surgery.edit(**what, seed=run.seed), strict=False)
+            if edit in EDITS: put(model, surgery.edit(**what, seed=run.seed))
             seen[edit] = evaluate_run(run, model, tok)
         where = 'all' if b is None else str(b[0]) if len(b) == 1 else f'{b[0]}-{b[-1]}'
-        by = dict(sweep=sweep, edit=what['edit']) if sweep != 'seed' else dict(sweep='rank' if b is None else 'layers', edit='other_seed')
+        by = (
+            dict(sweep=sweep, edit=what['edit'])
+            if sweep != 'seed'
+            else dict(sweep='rank' if b is None else 'layers', edit='other_seed')
+        )
         table = seen[edit].copy()
-        for column, value in reversed(dict(by, share=what['share'], layers=where).items()): table.insert(0, column, value)
+        for column, value in reversed(dict(by, share=what['share'], layers=where).items()):
+            table.insert(0, column, value)
         out.append(table)
         progress(i + 1, len(plan))
     return run.save(pd.concat(out, ignore_index=True), f'surgery-{sweep}')

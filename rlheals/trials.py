@@ -13,33 +13,63 @@ from .claims import CLAIMS, judge
 
 # %% ../nbs/18c_trials.ipynb #c9559ac1
 STEPS = np.array([0, 90, 140, 200, 300, 400, 500, 600, 700, 800, 900, 1000, 1100, 1200, 1300, 1400, 1500, 1600])
-_SFT = np.array([0, 13.7, 17.52, 15.8, 16.2, 11.5, 10.7, 11.5, 10.3, 6., 5.1, 6., 6.92, 4.7, 9.4, 7.7, 8.5, 6.8]) / 100  # OOD, LLaMA, off the paper's figure
-_RL = np.array([4.3, 8.5, 7.7, 8.1, 10.3, 15.4, 13.2, 14.1, 9.4, 12.4, 11.5, 16.24, 4.7, 6.8, 3.7, 4.1, 4.7]) / 100  # RL from each but the first
+# OOD, LLaMA, off the paper's figure
+_SFT = np.array([0, 13.7, 17.52, 15.8, 16.2, 11.5, 10.7, 11.5, 10.3, 6., 5.1, 6., 6.92, 4.7, 9.4, 7.7, 8.5, 6.8]) / 100
+# RL from each but the first
+_RL = np.array([4.3, 8.5, 7.7, 8.1, 10.3, 15.4, 13.2, 14.1, 9.4, 12.4, 11.5, 16.24, 4.7, 6.8, 3.7, 4.1, 4.7]) / 100
 
 WORLD = dict(
-    ood=_SFT, rl=_RL, id=np.interp(STEPS, [0, 140, 1100, 1600], [0, .2479, .6838, .6838]), form=np.where(STEPS < 50, 1, .05),
-    train=-.05, test=0.,  # log of the rise of the losses after the peak: assumed ("flat or falling")
-    values=dict(sft=.005, rl=.001), turned=dict(sft=.3, rl=.05),  # relative changes: assumed ("almost the same")
-    target=.0692, donor=.1752, undone=.165, rl_end=.1624, rl_imposed=.0692,  # SFT_End, SFT_MaxOOD; RL_End and what it came from
-    part=np.array([.6, .75, .3, .4]),  # shares of the loss that parts give back, the first two by rank (arXiv 2508.16546: 70 to 80 %)
-    controls=dict(values=np.zeros(2), random=np.full(2, -.5), straight=np.array([.25, .4])),  # the same of the controls: assumed
-    skew=np.r_[1.2, np.full(15, .2), 1.2],  # by start: assumed
-    wobble=.02)  # standard deviation of a seed's true accuracy at a checkpoint, where it is 15 %: assumed
+    ood=_SFT,
+    rl=_RL,
+    id=np.interp(STEPS, [0, 140, 1100, 1600], [0, 0.2479, 0.6838, 0.6838]),
+    form=np.where(STEPS < 50, 1, 0.05),
+    train=-0.05,
+    test=0.0,  # log of the rise of the losses after the peak: assumed ("flat or falling")
+    values=dict(sft=0.005, rl=0.001),
+    turned=dict(sft=0.3, rl=0.05),  # relative changes: assumed ("almost the same")
+    # SFT_End, SFT_MaxOOD; RL_End and what it came from
+    target=0.0692,
+    donor=0.1752,
+    undone=0.165,
+    rl_end=0.1624,
+    rl_imposed=0.0692,
+    # shares of the loss that parts give back, the first two by rank (arXiv 2508.16546: 70 to 80 %)
+    part=np.array([0.6, 0.75, 0.3, 0.4]),
+    # the same of the controls: assumed
+    controls=dict(values=np.zeros(2), random=np.full(2, -0.5), straight=np.array([0.25, 0.4])),
+    skew=np.r_[1.2, np.full(15, 0.2), 1.2],  # by start: assumed
+    wobble=0.02,
+)  # standard deviation of a seed's true accuracy at a checkpoint, where it is 15 %: assumed
+
 
 def navigation() -> dict:
     "The world with navigation's published numbers, between them GeneralPoints' curve."
     stretch = lambda p: .625 + (.8333 - .625) * (p - .0692) / (.1752 - .0692)
     gain = (_RL - _SFT[1:]) * (.7917 - .625) / (.1624 - .0692)
     ood = stretch(_SFT)
-    return WORLD | dict(ood=ood, rl=np.clip(ood[1:] + gain, 0, 1), id=np.interp(STEPS, [0, 140, 1100], [.5, .7917, .8023]),
-                        target=.625, donor=.8333, undone=.81, rl_end=.7917, rl_imposed=.625)
+    return WORLD | dict(
+        ood=ood,
+        rl=np.clip(ood[1:] + gain, 0, 1),
+        id=np.interp(STEPS, [0, 140, 1100], [0.5, 0.7917, 0.8023]),
+        target=0.625,
+        donor=0.8333,
+        undone=0.81,
+        rl_end=0.7917,
+        rl_imposed=0.625,
+    )
+
 
 Design = namedtuple('Design', 'seeds episodes world')
-DESIGNS = {'GeneralPoints': Design(5, 234, WORLD), 'navigation': Design(3, 48, navigation()), 'rank, determinant': Design(3, 200, WORLD)}
+DESIGNS = {
+    'GeneralPoints': Design(5, 234, WORLD),
+    'navigation': Design(3, 48, navigation()),
+    'rank, determinant': Design(3, 200, WORLD),
+}
 
 # %% ../nbs/18c_trials.ipynb #0c3b0d08
 class Runs(dict):
-    "Made-up runs of a world: the arrays of `rlheals.claims.arrays` with an axis of runs in front, each drawn when it is first asked for."
+    """Made-up runs of a world: the arrays of `rlheals.claims.arrays` with an axis of runs in front, each drawn when it
+    is first asked for."""
     def __init__(self, world: dict,
         seeds: int,  # that are judged; there is one more, which chooses
         episodes: int, runs: int, seed: int = 0):
@@ -55,18 +85,28 @@ class Runs(dict):
         truth = np.clip(p + spread * self.rng.standard_normal((*self.shape, *np.shape(p))), 0, 1)
         return (self.rng.random((*truth.shape, self.n), np.float32) < truth[..., None]).astype(np.float32)
 
-    def ratio(self, mean, between, within, *axes):  # positive numbers; `mean` is that of a seed, in the geometric mean over seeds
+    # positive numbers; `mean` is that of a seed, in the geometric mean over seeds
+    def ratio(self, mean, between, within, *axes):
         z = self.rng.standard_normal
-        return mean * np.exp(between * z(self.shape + (1,) * len(axes)) + within * z((*self.shape, *axes)) - within**2 / 2)
+        return mean * np.exp(
+            between * z(self.shape + (1,) * len(axes)) + within * z((*self.shape, *axes)) - within**2 / 2
+        )
 
     def _draw(self, name):
         w = self.world
-        if name in ('ood', 'id', 'form', 'rl', 'target', 'donor', 'undone', 'rl_end', 'rl_imposed'): return self.success(w[name])
+        if name in ('ood', 'id', 'form', 'rl', 'target', 'donor', 'undone', 'rl_end', 'rl_imposed'):
+            return self.success(w[name])
         if name in ('train', 'loss'):  # 0.1 nats and a rise over the stretch from the peak to the end
-            level = .1 * np.exp(w['train' if name == 'train' else 'test'] * np.clip((STEPS - 140) / 1460, 0, 1)) + 2 * np.exp(-STEPS / 6)
-            train = level * np.exp(.02 * self.rng.standard_normal((*self.shape, len(STEPS))))  # seeds: 2 % each (assumed)
+            level = 0.1 * np.exp(
+                w['train' if name == 'train' else 'test'] * np.clip((STEPS - 140) / 1460, 0, 1)
+            ) + 2 * np.exp(-STEPS / 6)
+            # seeds: 2 % each (assumed)
+            train = level * np.exp(.02 * self.rng.standard_normal((*self.shape, len(STEPS))))
             if name == 'train': return train
-            hard, own = (np.exp(sd * self.rng.standard_normal((*self.shape, k, self.n), np.float32)) for sd, k in ((.8, 1), (.3, len(STEPS))))
+            hard, own = (
+                np.exp(sd * self.rng.standard_normal((*self.shape, k, self.n), np.float32))
+                for sd, k in ((0.8, 1), (0.3, len(STEPS)))
+            )
             return train[..., None] * hard * own / np.exp((.8**2 + .3**2) / 2)  # the same problems at each checkpoint
         if name[:7] in ('values_', 'turned_'): return self.ratio(w[name[:6]][name[7:]], .1, .3, 16)
         if name in ('part', 'low') or name.startswith('low_'):
@@ -91,29 +131,90 @@ def as_tables(
     def long(a, axes, **more):  # an array (seeds, ...) as a long table; axes: name -> labels, after the seeds
         labels = [seeds, *axes.values()]
         at = np.meshgrid(*(np.arange(len(l)) for l in labels), indexing='ij')
-        return pd.DataFrame(dict(zip(['seed', *axes], (np.asarray(l)[k].ravel() for l, k in zip(labels, at)))) | dict(value=np.asarray(a, float).ravel()) | more)
+        return pd.DataFrame(
+            dict(zip(['seed', *axes], (np.asarray(l)[k].ravel() for l, k in zip(labels, at))))
+            | dict(value=np.asarray(a, float).ravel())
+            | more
+        )
+
     get, episode = lambda name: runs[name][i], dict(episode=range(runs.n))
     sft, rl = dict(checkpoint=STEPS), dict(checkpoint=STEPS[1:])
-    out = dict(evaluation=pd.concat([long(get(name), axes | episode, stage=stage, split=split, metric=metric) for name, axes, stage, split, metric in (
-        ('ood', sft, 'sft', 'ood', 'success'), ('id', sft, 'sft', 'id', 'success'), ('form', sft, 'sft', 'ood', 'format_error'), ('loss', sft, 'sft', 'id', 'answer_loss'), ('rl', rl, 'rl', 'ood', 'success'))]),
-        losses=long(get('train'), sft, split='train', metric='loss', stage='sft'))
+    out = dict(
+        evaluation=pd.concat(
+            [
+                long(get(name), axes | episode, stage=stage, split=split, metric=metric)
+                for name, axes, stage, split, metric in (
+                    ('ood', sft, 'sft', 'ood', 'success'),
+                    ('id', sft, 'sft', 'id', 'success'),
+                    ('form', sft, 'sft', 'ood', 'format_error'),
+                    ('loss', sft, 'sft', 'id', 'answer_loss'),
+                    ('rl', rl, 'rl', 'ood', 'success'),
+                )
+            ]
+        ),
+        losses=long(get('train'), sft, split='train', metric='loss', stage='sft'),
+    )
     t = np.linspace(0, 1, 4001)  # three numbers 0, t, 1 have any skewness between -1.73 and 1.73
     skewness = pd.DataFrame([0 * t, t, 0 * t + 1]).skew().to_numpy()
     middle = np.interp(get('skew'), skewness[::-1], t[::-1])
-    out['advantages'] = long(np.stack([0 * middle, middle, 0 * middle + 1], -1), rl | dict(update=range(12), turn=range(3)), stage='rl').rename(columns=dict(value='advantage'))
+    out['advantages'] = long(
+        np.stack([0 * middle, middle, 0 * middle + 1], -1), rl | dict(update=range(12), turn=range(3)), stage='rl'
+    ).rename(columns=dict(value='advantage'))
     matrix, one = dict(layer=range(4), kind=['down_proj', 'k_proj', 'q_proj', 'v_proj']), np.ones((len(seeds), 4, 4))
     change = {s: get(f'values_{s}').reshape(one.shape) for s in ('sft', 'rl')}
     values = dict(base=one, end=1 + change['sft'], rl_end=(1 + change['sft']) * (1 + change['rl']))
     out['spectra'] = pd.concat([long(v, matrix, checkpoint=c, index=0) for c, v in values.items()])
-    out['angles'] = pd.concat([long(np.rad2deg(2 * np.arcsin(get(f'turned_{s}') / 2)).reshape(one.shape), matrix, pair=pair, k=1, side='left')
-                               for s, pair in (('sft', 'SFT: end vs base'), ('rl', 'RL: rl_end vs end'))])
+    out['angles'] = pd.concat(
+        [
+            long(
+                np.rad2deg(2 * np.arcsin(get(f'turned_{s}') / 2)).reshape(one.shape),
+                matrix,
+                pair=pair,
+                k=1,
+                side='left',
+            )
+            for s, pair in (('sft', 'SFT: end vs base'), ('rl', 'RL: rl_end vs end'))
+        ]
+    )
     out['rotation'] = long(get('rotation'), sft, origin='max_ood')
     key, shares = dict(split='ood', metric='success', layers='all'), dict(share=[.25, .5])
-    out['surgery'] = pd.concat([*(long(get(name), episode, sweep='rank', edit=edit, share=share, **key) for name, edit, share in (('target', 'none', 0.), ('donor', 'donor', 1.), ('undone', 'directions', 1.))),
-                                *(long(get(name), shares | episode, sweep='rank', edit=edit, **key) for name, edit in (('low', 'directions'), ('low_values', 'values'), ('low_random', 'random'), ('low_straight', 'interpolation'))),
-                                long(get('part')[:, 2:], dict(layers=['0', '1']) | episode, sweep='layers', edit='directions', share=1., split='ood', metric='success'),
-                                long(get('undone'), episode, sweep='layers', edit='directions', share=1., **key | dict(layers='0-3'))])
-    out['imposed'] = pd.concat([long(get('rl_end'), episode, sweep='impose', edit='none', share=0., **key), long(get('rl_imposed'), episode, sweep='impose', edit='directions', share=1., **key)])
+    out['surgery'] = pd.concat(
+        [
+            *(
+                long(get(name), episode, sweep='rank', edit=edit, share=share, **key)
+                for name, edit, share in (
+                    ('target', 'none', 0.0),
+                    ('donor', 'donor', 1.0),
+                    ('undone', 'directions', 1.0),
+                )
+            ),
+            *(
+                long(get(name), shares | episode, sweep='rank', edit=edit, **key)
+                for name, edit in (
+                    ('low', 'directions'),
+                    ('low_values', 'values'),
+                    ('low_random', 'random'),
+                    ('low_straight', 'interpolation'),
+                )
+            ),
+            long(
+                get('part')[:, 2:],
+                dict(layers=['0', '1']) | episode,
+                sweep='layers',
+                edit='directions',
+                share=1.0,
+                split='ood',
+                metric='success',
+            ),
+            long(get('undone'), episode, sweep='layers', edit='directions', share=1.0, **key | dict(layers='0-3')),
+        ]
+    )
+    out['imposed'] = pd.concat(
+        [
+            long(get('rl_end'), episode, sweep='impose', edit='none', share=0.0, **key),
+            long(get('rl_imposed'), episode, sweep='impose', edit='directions', share=1.0, **key),
+        ]
+    )
     return {k: v.assign(task='made_up') for k, v in out.items()}
 
 # %% ../nbs/18c_trials.ipynb #921f0573
@@ -126,30 +227,64 @@ def _raise(rl, index, value): return np.where(np.arange(len(rl)) == index, value
 def nulls(
     world: dict,  # one in which the claims hold
 ) -> dict:
-    "(claim, number of the part) -> the world in which this part is on its line and all others hold; part -1: nothing at all holds."
+    """(claim, number of the part) -> the world in which this part is on its line and all others hold; part -1: nothing
+    at all holds."""
     w, sft = world, world['ood'][1:]
     gain = w['rl'] - sft
     inside = gain[1:-1].max()
-    idle = _with(w, ood=np.full(18, w['ood'][-1]), rl=np.full(17, w['ood'][-1]), id=np.full(18, w['id'][2]), form=np.full(18, .1), train=np.log(1.1), test=np.log(1.1),
-                 values=dict(sft=.05, rl=.05), turned=dict(sft=.2, rl=.2), donor=w['target'], undone=w['target'], rl_end=w['rl_imposed'], skew=np.full(17, .2))
+    idle = _with(
+        w,
+        ood=np.full(18, w['ood'][-1]),
+        rl=np.full(17, w['ood'][-1]),
+        id=np.full(18, w['id'][2]),
+        form=np.full(18, 0.1),
+        train=np.log(1.1),
+        test=np.log(1.1),
+        values=dict(sft=0.05, rl=0.05),
+        turned=dict(sft=0.2, rl=0.2),
+        donor=w['target'],
+        undone=w['target'],
+        rl_end=w['rl_imposed'],
+        skew=np.full(17, 0.2),
+    )
     sharp = _with(w, ood=_flat_after(w['ood'], w['ood'][-1]))  # a peak that nobody can miss, and nothing after it
     past = w['ood'].max() + .05 - w['rl'].max()
-    out = {('C1', 0): _with(w, ood=_flat_after(w['ood'])), ('C1', 1): _with(w, id=_flat_after(w['id'])),
-           ('C2', 0): _with(sharp, train=np.log(1.1)), ('C2', 1): _with(sharp, test=np.log(1.1)),
-           ('C3', 0): _with(w, rl=np.clip(w['rl'] + past, 0, 1)), ('C3', 1): _with(w, rl=np.where(STEPS[1:] > 140, sft, w['rl'])),
-           ('C4', 0): _with(w, rl=np.where((STEPS[1:] > 90) & (STEPS[1:] < 1600), sft, w['rl'])),
-           ('C4', 1): _with(w, rl=_raise(w['rl'], 0, sft[0] + inside / 2)), ('C4', 2): _with(w, rl=_raise(w['rl'], 16, sft[-1] + inside / 2)),
-           ('C6', 0): sharp,
-           ('C7', 0): _with(w, undone=w['target']), ('C7', 1): _with(w, part=np.zeros(4)),
-           **{('C7', 3 + i): _with(w, controls=w['controls'] | {c: w['part'][:2]}) for i, c in enumerate(('values', 'random', 'straight'))},
-           ('C8', 0): _with(w, rl_imposed=w['rl_end']), ('C9', 0): _with(w, skew=_raise(w['skew'], 0, .2)), ('C9', 1): _with(w, skew=_raise(w['skew'], 16, .2)),
-           ('C10', 0): _with(w, form=np.where(STEPS < 50, 1, .1)), ('C10', 1): _with(w, form=np.clip(.05 + np.where(STEPS > 140, w['ood'][2] - w['ood'], 0), 0, 1)),
-           **{('C5', i): _with(w, values=w['values'] | {s: .05}, turned=w['turned'] | {s: .5}) for i, s in enumerate(('sft', 'rl'))},
-           **{('C5', 2 + i): _with(w, turned=w['turned'] | {s: 4 * w['values'][s]}) for i, s in enumerate(('sft', 'rl'))}}
+    out = {
+        ('C1', 0): _with(w, ood=_flat_after(w['ood'])),
+        ('C1', 1): _with(w, id=_flat_after(w['id'])),
+        ('C2', 0): _with(sharp, train=np.log(1.1)),
+        ('C2', 1): _with(sharp, test=np.log(1.1)),
+        ('C3', 0): _with(w, rl=np.clip(w['rl'] + past, 0, 1)),
+        ('C3', 1): _with(w, rl=np.where(STEPS[1:] > 140, sft, w['rl'])),
+        ('C4', 0): _with(w, rl=np.where((STEPS[1:] > 90) & (STEPS[1:] < 1600), sft, w['rl'])),
+        ('C4', 1): _with(w, rl=_raise(w['rl'], 0, sft[0] + inside / 2)),
+        ('C4', 2): _with(w, rl=_raise(w['rl'], 16, sft[-1] + inside / 2)),
+        ('C6', 0): sharp,
+        ('C7', 0): _with(w, undone=w['target']),
+        ('C7', 1): _with(w, part=np.zeros(4)),
+        **{
+            ('C7', 3 + i): _with(w, controls=w['controls'] | {c: w['part'][:2]})
+            for i, c in enumerate(('values', 'random', 'straight'))
+        },
+        ('C8', 0): _with(w, rl_imposed=w['rl_end']),
+        ('C9', 0): _with(w, skew=_raise(w['skew'], 0, 0.2)),
+        ('C9', 1): _with(w, skew=_raise(w['skew'], 16, 0.2)),
+        ('C10', 0): _with(w, form=np.where(STEPS < 50, 1, 0.1)),
+        ('C10', 1): _with(w, form=np.clip(0.05 + np.where(STEPS > 140, w['ood'][2] - w['ood'], 0), 0, 1)),
+        **{
+            ('C5', i): _with(w, values=w['values'] | {s: 0.05}, turned=w['turned'] | {s: 0.5})
+            for i, s in enumerate(('sft', 'rl'))
+        },
+        **{('C5', 2 + i): _with(w, turned=w['turned'] | {s: 4 * w['values'][s]}) for i, s in enumerate(('sft', 'rl'))},
+    }
     return out | {(c, -1): idle for c in CLAIMS}
 
-def _judged(world, seeds, episodes, runs, claims, correct, chunk=100):  # claim -> verdicts of many runs, a few at a time
-    got = [judge(Runs(world, seeds, episodes, min(chunk, runs - at), seed=at), claims, correct) for at in range(0, runs, chunk)]
+# claim -> verdicts of many runs, a few at a time
+def _judged(world, seeds, episodes, runs, claims, correct, chunk=100):
+    got = [
+        judge(Runs(world, seeds, episodes, min(chunk, runs - at), seed=at), claims, correct)
+        for at in range(0, runs, chunk)
+    ]
     return {c: np.concatenate([g[c]['verdict'] for g in got]) for c in claims}
 
 def false_positives(
@@ -157,7 +292,8 @@ def false_positives(
     runs: int = 1000,  # made-up ledgers per world
     correct: bool = True,  # in the ledger of ten claims; without Holm's correction it is as if the other nine were sure
 ) -> dict:
-    "(claim, part) -> share of runs in which the claim is called replicated although this part is on its line (part -1: although nothing holds)."
+    """(claim, part) -> share of runs in which the claim is called replicated although this part is on its line (part
+    -1: although nothing holds)."""
     idle, claims, out = None, tuple(CLAIMS), {}
     for (c, i), world in nulls(design.world).items():
         if i < 0:  # one world for all claims
@@ -173,7 +309,11 @@ def power(
     correct: bool = True,  # in the ledger of ten claims, or alone
 ) -> dict:
     "Claim -> share of runs of the design's world in which it is called replicated."
-    return {c: float((v > 0).mean()) for c, v in _judged(design.world, design.seeds, design.episodes, runs, tuple(CLAIMS), correct).items()}
+    return {
+        c: float((v > 0).mean())
+        for c, v in _judged(design.world, design.seeds, design.episodes, runs, tuple(CLAIMS), correct).items()
+    }
+
 
 def seeds_needed(
     design: Design,
@@ -181,7 +321,8 @@ def seeds_needed(
     runs: int = 200,
     among=(3, 4, 5, 6, 8, 10, 12, 16, 20, 30),
 ) -> dict:
-    "Claim -> the smallest number of judged seeds with that power in the ledger, at the design's episodes; `None` where none of `among` has it."
+    """Claim -> the smallest number of judged seeds with that power in the ledger, at the design's episodes; `None`
+    where none of `among` has it."""
     out = dict.fromkeys(CLAIMS)
     for n in among:
         for c, p in power(design._replace(seeds=n), runs).items():
@@ -193,11 +334,27 @@ def trial(
     design: Design,
     runs: int = 1000,
 ):  # DataFrame
-    "Per claim: false positives (the worst part, in percent) and power, alone and in the ledger, and the seeds that 80 % power would need with these episodes and with four times as many."
+    """Per claim: false positives (the worst part, in percent) and power, alone and in the ledger, and the seeds that 80
+    % power would need with these episodes and with four times as many."""
     import pandas as pd
     alone, together = (false_positives(design, runs, correct) for correct in (False, True))
     worst = lambda found, c: 100 * max(v for (k, i), v in found.items() if k == c)
-    strong, needed = [power(design, runs, correct) for correct in (False, True)], [seeds_needed(design._replace(episodes=design.episodes * k)) for k in (1, 4)]
+    strong, needed = (
+        [power(design, runs, correct) for correct in (False, True)],
+        [seeds_needed(design._replace(episodes=design.episodes * k)) for k in (1, 4)],
+    )
     n = lambda v: '> 30' if v is None else str(v)
-    return pd.DataFrame([dict(claim=c, false_alone=worst(alone, c), false_in_ledger=worst(together, c), power_alone=100 * strong[0][c], power_in_ledger=100 * strong[1][c],
-                              seeds_needed=n(needed[0][c]), with_4_times_the_episodes=n(needed[1][c])) for c in CLAIMS]).set_index('claim')
+    return pd.DataFrame(
+        [
+            dict(
+                claim=c,
+                false_alone=worst(alone, c),
+                false_in_ledger=worst(together, c),
+                power_alone=100 * strong[0][c],
+                power_in_ledger=100 * strong[1][c],
+                seeds_needed=n(needed[0][c]),
+                with_4_times_the_episodes=n(needed[1][c]),
+            )
+            for c in CLAIMS
+        ]
+    ).set_index('claim')

@@ -13,13 +13,18 @@ from .tasks import TASKS, Episode, Task, examples, load_task
 # %% ../nbs/05_views.ipynb #dd269148
 class AnyText(spaces.Text):
     "Any text up to a length; samples are printable ASCII."
-    def __init__(self, max_length: int = 100_000): super().__init__(max_length, min_length=0, charset=''.join(map(chr, range(32, 127))))
+
+    def __init__(self, max_length: int = 100_000):
+        super().__init__(max_length, min_length=0, charset=''.join(map(chr, range(32, 127))))
 
     def contains(self, x) -> bool: return isinstance(x, str) and len(x) <= self.max_length
 
     def sample(self, mask=None, probability=None) -> str:
         "A text of at most 200 characters: longer ones only take time."
-        return super().sample((int(self.np_random.integers(200)), None) if mask is None and probability is None else mask, probability)
+        return super().sample(
+            (int(self.np_random.integers(200)), None) if mask is None and probability is None else mask, probability
+        )
+
 
 class TaskEnv(gymnasium.Env):
     "An episode of a task as a Gymnasium environment: text in, text out, seeded."
@@ -46,7 +51,8 @@ class TaskEnv(gymnasium.Env):
 
     def step(self, action: str):
         "Give an answer: (what to read next, reward, terminated, truncated, info)."
-        if self.episode is None or self.episode.done(self.task): raise gymnasium.error.ResetNeeded('the episode is over: call reset() first')
+        if self.episode is None or self.episode.done(self.task):
+            raise gymnasium.error.ResetNeeded('the episode is over: call reset() first')
         if not isinstance(action, str): raise gymnasium.error.InvalidAction(f'an action is a text, not {action!r}')
         verdict = self.episode.answer(self.task, action)
         done = self.episode.done(self.task)
@@ -65,7 +71,8 @@ def register():
     "Make the tasks known to Gymnasium, as `rlheals/GeneralPoints-v0` and so on (`import rlheals` does)."
     for task in TASKS:
         name = f"rlheals/{task.title().replace('_', '')}-v0"
-        if name not in gymnasium.registry: gymnasium.register(name, entry_point='rlheals.views:TaskEnv', kwargs=dict(task=task), order_enforce=False)
+        if name not in gymnasium.registry:
+            gymnasium.register(name, entry_point='rlheals.views:TaskEnv', kwargs=dict(task=task), order_enforce=False)
 
 # %% ../nbs/05_views.ipynb #2732afd9
 def as_dataset(
@@ -76,7 +83,13 @@ def as_dataset(
     "A `datasets.Dataset` of prompts and answers: columns `prompt` and `completion`."
     from datasets import Dataset
     as_turn = lambda role, text: [dict(role=role, content=text)] if chat else text
-    return Dataset.from_dict(dict(prompt=[as_turn('user', task.prompt(p)) for p, _ in pairs], completion=[as_turn('assistant', a) for _, a in pairs]))
+    return Dataset.from_dict(
+        dict(
+            prompt=[as_turn('user', task.prompt(p)) for p, _ in pairs],
+            completion=[as_turn('assistant', a) for _, a in pairs],
+        )
+    )
+
 
 def expert_dataset(
     task: Task,

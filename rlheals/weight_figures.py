@@ -8,8 +8,9 @@ __all__ = ['f7', 'f8', 'f9', 'f10', 'f12', 'f11', 'f13']
 # %% ../nbs/17e_weight_figures.ipynb #840ae765
 import math
 import numpy as np
-from .model_figures import KIND_NAMES
-from .plots import EDITS, MUTED, RL, SFT, SPLITS, curve, figure, percent_axis, reach, rows, top_legend, with_seeds
+from .model_figures import KIND_NAMES, kinds_shown
+from .plots import (EDITS, MUTED, RL, SFT, SPLITS, curve, figure, percent_axis, reach, rows, top_legend,
+                           with_seeds)
 from .stats import interval, landmarks, summarise
 
 # %% ../nbs/17e_weight_figures.ipynb #76d3cecb
@@ -18,23 +19,42 @@ def _over_layers(df, by):  # mean over seeds, then mean and range over layers
 
 @figure('spectra')
 def f7(tables):
-    "Singular values of the query, key and value matrices before and after SFT and after RL (top), and the changes by SFT and by RL (bottom): mean over layers, bands: range over layers. Written: the mean change relative to the spectrum, with its 95 % interval over seeds."
+    """Singular values of the query, key and value matrices before and after SFT and after RL (top), and the changes by
+    SFT and by RL (bottom): mean over layers, bands: range over layers. Written: the mean change relative to the
+    spectrum, with its 95 % interval over seeds."""
     import matplotlib.pyplot as plt, pandas as pd
     s = rows(tables['spectra'], 'spectra', kind=('q_proj', 'k_proj', 'v_proj'), checkpoint=('base', 'end', 'rl_end'))
     for c in ('base', 'end', 'rl_end'): rows(tables['spectra'], 'spectra', checkpoint=c)
     key = ['seed', 'layer', 'kind', 'index']
     wide = s.pivot(index=key, columns='checkpoint', values='value')
     changes = {'SFT': wide.end - wide.base, 'RL': wide.rl_end - wide.end}
-    drawn = {'before SFT': wide.base, 'after SFT': wide.end, 'after RL': wide.rl_end} | {f'change by {k}': v for k, v in changes.items()}
-    data = pd.concat([_over_layers(v.rename('value').reset_index(), ['kind', 'index']).assign(what=k) for k, v in drawn.items()])
+    drawn = {'before SFT': wide.base, 'after SFT': wide.end, 'after RL': wide.rl_end} | {
+        f'change by {k}': v for k, v in changes.items()
+    }
+    data = pd.concat(
+        [_over_layers(v.rename('value').reset_index(), ['kind', 'index']).assign(what=k) for k, v in drawn.items()]
+    )
     by_kind = lambda v: v.abs().groupby(['kind', 'seed']).sum()
-    relative = pd.concat([summarise((by_kind(changes[k]) / by_kind(before)).rename('value').reset_index(), 'kind').assign(what=f'change by {k}')
-                          for k, before in (('SFT', wide.base), ('RL', wide.end))]).rename(columns=dict(mean='relative_change', low='relative_low', high='relative_high'))
+    relative = pd.concat(
+        [
+            summarise((by_kind(changes[k]) / by_kind(before)).rename('value').reset_index(), 'kind').assign(
+                what=f'change by {k}'
+            )
+            for k, before in (('SFT', wide.base), ('RL', wide.end))
+        ]
+    ).rename(columns=dict(mean='relative_change', low='relative_low', high='relative_high'))
     data = data.merge(relative.drop(columns='n'), how='left', on=['kind', 'what'])
     kinds = [k for k in KIND_NAMES if k in set(s.kind)]
-    looks = {'before SFT': dict(color='#C9CDD3', lw=4), 'after SFT': dict(color=SFT, lw=1.5), 'after RL': dict(color=RL, lw=1.2, ls=(0, (3, 2))),
-             'change by SFT': dict(color=SFT), 'change by RL': dict(color=RL, ls=(0, (3, 2)))}
-    fig, axes = plt.subplots(2, len(kinds), figsize=(7, 3.8), sharex=True, sharey='row', squeeze=False, height_ratios=(3, 2))
+    looks = {
+        'before SFT': dict(color='#C9CDD3', lw=4),
+        'after SFT': dict(color=SFT, lw=1.5),
+        'after RL': dict(color=RL, lw=1.2, ls=(0, (3, 2))),
+        'change by SFT': dict(color=SFT),
+        'change by RL': dict(color=RL, ls=(0, (3, 2))),
+    }
+    fig, axes = plt.subplots(
+        2, len(kinds), figsize=(7, 3.8), sharex=True, sharey='row', squeeze=False, height_ratios=(3, 2)
+    )
     for kind, (top, bottom) in zip(kinds, axes.T):
         for what, look in looks.items():
             d = data[(data.kind == kind) & (data.what == what)]
@@ -42,9 +62,14 @@ def f7(tables):
             ax.plot(d['index'] + 1, d['mean'], label=what, solid_capstyle='round', **look)
             if what != 'after RL': ax.fill_between(d['index'] + 1, d.low, d.high, color=look['color'], alpha=.14, lw=0)
         bottom.axhline(0, color='#222222', lw=.6, zorder=0)
-        said = [f"{r.what.removeprefix('change by ')} {100 * r.relative_change:.2g} %" + f' [{100 * r.relative_low:.2g}, {100 * r.relative_high:.2g}]' * math.isfinite(r.relative_low)
-                for r in relative[relative.kind == kind].itertuples()]
-        bottom.set_title('mean change: ' + (', ' if s.seed.nunique() == 1 else '\n').join(said), fontsize=7, fontweight='normal')
+        said = [
+            f"{r.what.removeprefix('change by ')} {100 * r.relative_change:.2g} %"
+            + f' [{100 * r.relative_low:.2g}, {100 * r.relative_high:.2g}]' * math.isfinite(r.relative_low)
+            for r in relative[relative.kind == kind].itertuples()
+        ]
+        bottom.set_title(
+            'mean change: ' + (', ' if s.seed.nunique() == 1 else '\n').join(said), fontsize=7, fontweight='normal'
+        )
         top.set_title(KIND_NAMES[kind])
         bottom.set_xlabel('index')
         top.margins(x=.02); top.set_ylim(bottom=0)
@@ -61,15 +86,25 @@ def _pair_look(pairs):  # colour by family (SFT, RL), lighter from the second of
 
 @figure('angles')
 def f8(tables):
-    "Principal angles between the top-k singular subspaces of two checkpoints, by matrix: by rank (top: mean over layers, bands: range over layers) and mean by layer (bottom; bars: 95 % intervals over seeds)."
+    """Principal angles between the top-k singular subspaces of two checkpoints, by matrix: by rank (top: mean over
+    layers, bands: range over layers) and mean by layer (bottom; bars: 95 % intervals over seeds)."""
     import matplotlib.pyplot as plt, pandas as pd
     from matplotlib.lines import Line2D
     a = rows(tables['angles'], 'angles')
     a = a[a.k == a.groupby('kind')['k'].transform('min')]
-    kinds, pairs, sides = [k for k in KIND_NAMES if k in set(a.kind)], list(dict.fromkeys(a.pair)), dict(left='-', right=(0, (2, 1.2)))
+    kinds, pairs, sides = (
+        [k for k in KIND_NAMES if k in set(a.kind)],
+        list(dict.fromkeys(a.pair)),
+        dict(left='-', right=(0, (2, 1.2))),
+    )
     by = ['kind', 'pair', 'side']
     means = a.groupby([*by, 'k', 'layer', 'seed'])['value'].mean().reset_index()
-    data = pd.concat([_over_layers(a, [*by, 'k', 'index']).assign(what='by_index'), summarise(means, [*by, 'k', 'layer']).assign(what='by_layer')])
+    data = pd.concat(
+        [
+            _over_layers(a, [*by, 'k', 'index']).assign(what='by_index'),
+            summarise(means, [*by, 'k', 'layer']).assign(what='by_layer'),
+        ]
+    )
     colours = _pair_look(pairs)
     fig, axes = plt.subplots(2, len(kinds), figsize=(7, 3.8), sharey='row', squeeze=False)
     for kind, (top, bottom) in zip(kinds, axes.T):
@@ -81,31 +116,57 @@ def f8(tables):
                 top.fill_between(i['index'] + 1, i.low, i.high, color=colours[pair], alpha=.1, lw=0)
                 bottom.plot(l.layer, l['mean'], color=colours[pair], ls=ls, lw=1, marker='o' if side == 'left' else 's',
                             mfc=colours[pair] if side == 'left' else 'white')
-                bottom.errorbar(l.layer, l['mean'], reach(l, 1), fmt='none', ecolor=colours[pair], elinewidth=.8, alpha=.6)
+                bottom.errorbar(
+                    l.layer, l['mean'], reach(l, 1), fmt='none', ecolor=colours[pair], elinewidth=0.8, alpha=0.6
+                )
         top.set_title(KIND_NAMES[kind])
         top.set_xlabel(f"index (k = {a[a.kind == kind].k.iloc[0]:g})"); bottom.set_xlabel('layer')
         bottom.xaxis.get_major_locator().set_params(integer=True)
         if a.layer.nunique() == 1: bottom.set_xlim(a.layer.min() - 1, a.layer.min() + 1)
-    for ax, label in zip(axes[:, 0], ('principal angle (°)', 'mean angle (°)')): ax.set_ylabel(label); ax.set_ylim(0, max(5, ax.get_ylim()[1]))
-    top_legend(fig, [Line2D([], [], color=colours[p], label=p) for p in pairs]
-               + [Line2D([], [], color='#222222', lw=1, ls=ls, label=f'{s} vectors') for s, ls in sides.items()], ncols=3)
+    for ax, label in zip(axes[:, 0], ('principal angle (°)', 'mean angle (°)')):
+        ax.set_ylabel(label)
+        ax.set_ylim(0, max(5, ax.get_ylim()[1]))
+    top_legend(
+        fig,
+        [Line2D([], [], color=colours[p], label=p) for p in pairs]
+        + [Line2D([], [], color='#222222', lw=1, ls=ls, label=f'{s} vectors') for s, ls in sides.items()],
+        ncols=3,
+    )
     return fig, data
 
 # %% ../nbs/17e_weight_figures.ipynb #9faf0e11
 def _follows(late):  # Spearman's rank correlation of OOD accuracy and rotation: mean over seeds, low, high
-    rho = late.groupby('seed')[['angle', 'mean']].apply(lambda d: d.angle.corr(d['mean'], 'spearman') if len(d) > 2 and d.angle.nunique() > 1 and d['mean'].nunique() > 1 else np.nan).dropna()
+    rho = (
+        late.groupby('seed')[['angle', 'mean']]
+        .apply(
+            lambda d: (
+                d.angle.corr(d['mean'], 'spearman')
+                if len(d) > 2 and d.angle.nunique() > 1 and d['mean'].nunique() > 1
+                else np.nan
+            )
+        )
+        .dropna()
+    )
     return [rho.mean(), *np.clip(interval([[r] for r in rho]), -1, 1)] if len(rho) else [np.nan] * 3
 
 @figure('rotation', 'sft_evaluation')
 def f9(tables):
-    "OOD accuracy of the SFT checkpoints against the mean principal angle of their leading singular subspaces, from the base and from SFT_MaxOOD (star; bars: 95 % intervals of both; thin: seeds; faint: before SFT_MaxOOD). Written: rank correlation after SFT_MaxOOD, mean over seeds and 95 % interval."
+    """OOD accuracy of the SFT checkpoints against the mean principal angle of their leading singular subspaces, from
+    the base and from SFT_MaxOOD (star; bars: 95 % intervals of both; thin: seeds; faint: before SFT_MaxOOD). Written:
+    rank correlation after SFT_MaxOOD, mean over seeds and 95 % interval."""
     import matplotlib.pyplot as plt
     e = rows(tables['sft_evaluation'], 'sft_evaluation', stage='sft', split='ood', metric='success')
     peak, accuracy = landmarks(e)['max_ood'], summarise(e, 'checkpoint')
     turned = tables['rotation'].groupby(['origin', 'checkpoint', 'seed'])['value'].mean().reset_index()
-    angle = summarise(turned, ['origin', 'checkpoint']).drop(columns=['n', 'seeds']).rename(columns=dict(mean='angle', low='angle_low', high='angle_high'))
+    angle = (
+        summarise(turned, ['origin', 'checkpoint'])
+        .drop(columns=['n', 'seeds'])
+        .rename(columns=dict(mean='angle', low='angle_low', high='angle_high'))
+    )
     data = angle.merge(accuracy, on='checkpoint').assign(after_best=lambda d: d.checkpoint >= peak)
-    single = turned.rename(columns=dict(value='angle')).merge(e.groupby(['checkpoint', 'seed'])['value'].mean().rename('mean').reset_index(), on=['checkpoint', 'seed'])
+    single = turned.rename(columns=dict(value='angle')).merge(
+        e.groupby(['checkpoint', 'seed'])['value'].mean().rename('mean').reset_index(), on=['checkpoint', 'seed']
+    )
     fig, axes = plt.subplots(1, 2, figsize=(7, 2.6), sharey=True)
     for ax, (origin, name) in zip(axes, dict(base='the base', max_ood='SFT_MaxOOD').items()):
         d = data[data.origin == origin].sort_values('checkpoint')
@@ -113,17 +174,45 @@ def f9(tables):
         one = single[single.origin == origin].sort_values('checkpoint')
         rho = _follows(one[one.checkpoint >= peak])
         data.loc[data.origin == origin, ['spearman', 'spearman_low', 'spearman_high']] = rho
-        for _, run in one.groupby('seed') if one.seed.nunique() > 1 else (): ax.plot(run.angle, 100 * run['mean'], color=MUTED, lw=.6, alpha=.35, zorder=.5)
+        for _, run in one.groupby('seed') if one.seed.nunique() > 1 else ():
+            ax.plot(run.angle, 100 * run['mean'], color=MUTED, lw=0.6, alpha=0.35, zorder=0.5)
         ax.plot(d.angle, 100 * d['mean'], color=MUTED, lw=.8, alpha=.6, zorder=1)
         for part, alpha in ((d[~d.after_best], .35), (late, 1)):
-            ax.errorbar(part.angle, 100 * part['mean'], reach(part, 100), np.nan_to_num([part.angle - part.angle_low, part.angle_high - part.angle]), fmt='o', ms=3.4, color=SPLITS['ood'][1], elinewidth=.8, alpha=alpha, zorder=2)
+            ax.errorbar(
+                part.angle,
+                100 * part['mean'],
+                reach(part, 100),
+                np.nan_to_num([part.angle - part.angle_low, part.angle_high - part.angle]),
+                fmt='o',
+                ms=3.4,
+                color=SPLITS['ood'][1],
+                elinewidth=0.8,
+                alpha=alpha,
+                zorder=2,
+            )
         best = d[d.checkpoint == peak]
         ax.plot(best.angle, 100 * best['mean'], '*', ms=11, color=SFT, mec='white', mew=.8, zorder=4)
         shown = {int(d.checkpoint.max()), peak, int(late.checkpoint.iloc[len(late) // 2])}
         for _, r in d[d.checkpoint.isin(shown)].iterrows():
-            ax.annotate(f'{r.checkpoint:.0f}', (r.angle, 100 * r['mean']), (5, 3), textcoords='offset points', fontsize=6.5, color='#444444')
+            ax.annotate(
+                f'{r.checkpoint:.0f}',
+                (r.angle, 100 * r['mean']),
+                (5, 3),
+                textcoords='offset points',
+                fontsize=6.5,
+                color='#444444',
+            )
         ax.set_xlabel(f'mean principal angle from {name} (°)')
-        if np.isfinite(rho[0]): ax.set_title(f'after the best: Spearman {rho[0]:.2f}' + f' [{rho[1]:.2f}, {rho[2]:.2f}]' * math.isfinite(rho[1]) + f' (n = {len(late)})', loc='right', fontsize=7, fontweight='normal', color='#444444')
+        if np.isfinite(rho[0]):
+            ax.set_title(
+                f'after the best: Spearman {rho[0]:.2f}'
+                + f' [{rho[1]:.2f}, {rho[2]:.2f}]' * math.isfinite(rho[1])
+                + f' (n = {len(late)})',
+                loc='right',
+                fontsize=7,
+                fontweight='normal',
+                color='#444444',
+            )
     percent_axis(axes[0], 'OOD accuracy (%)')
     return fig, data
 
@@ -131,20 +220,33 @@ def f9(tables):
 def _surgery(tables, sweep):  # summary of one sweep's edits, and of the target and donor
     import pandas as pd
     s = rows(tables['surgery'], 'surgery', metric='success', split=('id', 'ood'))
-    ends = rows(s, 'surgery', edit=('none', 'donor')).drop_duplicates(['edit', 'split', 'seed', 'episode'])  # may be listed with each sweep
+    # may be listed with each sweep
+    ends = rows(s, 'surgery', edit=('none', 'donor')).drop_duplicates(['edit', 'split', 'seed', 'episode'])
     edits = rows(s[~s.edit.isin(('none', 'donor'))], 'surgery', sweep=sweep)
     if unknown := set(edits.edit) - set(EDITS):
         raise ValueError(f"table 'surgery' has edits {sorted(unknown)} that no figure knows: use {', '.join(EDITS)}")
     return pd.concat([summarise(ends, ['split', 'edit']), summarise(edits, ['split', 'edit', 'share', 'layers'])])
 
 def _say_missing(fig, data):  # a control that one seed cannot have is not passed over
-    if 'other_seed' not in set(data.edit): fig.supxlabel('one seed: no control with the directions of another seed', fontsize=7, color=MUTED, x=.99, ha='right')
+    if 'other_seed' not in set(data.edit):
+        fig.supxlabel(
+            'one seed: no control with the directions of another seed', fontsize=7, color=MUTED, x=0.99, ha='right'
+        )
+
 
 def _references(ax, data):  # lines across for target and donor, with their intervals; handles for the legend
     for edit, ls in (('none', (0, (5, 2))), ('donor', '-')):
         for d in data[data.edit == edit].itertuples():
             ax.axhspan(100 * d.low, 100 * d.high, color=SFT, alpha=.07, lw=0, zorder=0)
-            yield ax.axhline(100 * d.mean, color=SFT, lw=.9, ls=ls, zorder=1.5, label={'none': 'target as it is', 'donor': 'donor as it is'}[edit])
+            yield ax.axhline(
+                100 * d.mean,
+                color=SFT,
+                lw=0.9,
+                ls=ls,
+                zorder=1.5,
+                label={'none': 'target as it is', 'donor': 'donor as it is'}[edit],
+            )
+
 
 def _by_rank(data):
     import matplotlib.pyplot as plt
@@ -166,14 +268,17 @@ def _by_rank(data):
 
 @figure('surgery')
 def f10(tables):
-    "Accuracy of the target model after the donor's directions are put back, by the share of the rank that is replaced, with controls (95 % intervals). Lines across: the target and the donor as they are."
+    """Accuracy of the target model after the donor's directions are put back, by the share of the rank that is
+    replaced, with controls (95 % intervals). Lines across: the target and the donor as they are. Directions and values
+    at the full rank are the donor itself."""
     fig, data = _by_rank(_surgery(tables, 'rank'))
     _say_missing(fig, data)
     return fig, data
 
 @figure('imposed')
 def f12(tables):
-    "Accuracy of the model after RL (target: RL_End) with the directions of the SFT checkpoint it started from (donor: SFT_End) imposed on it, by the share of the rank that is replaced, with controls (95 % intervals)."
+    """Accuracy of the model after RL (target: RL_End) with the directions of the SFT checkpoint it started from (donor:
+    SFT_End) imposed on it, by the share of the rank that is replaced, with controls (95 % intervals)."""
     return _by_rank(_surgery(dict(surgery=tables['imposed']), 'impose'))
 
 # %% ../nbs/17e_weight_figures.ipynb #333f048e
@@ -183,7 +288,9 @@ def _block_key(block):  # all layers last, others by their first layer, short bl
 
 @figure('surgery')
 def f11(tables):
-    "Accuracy of the target model after the donor's directions are put back in some layers only (95 % intervals). Lines across: the target and the donor as they are."
+    """Accuracy of the target model after the donor's directions are put back in some layers only, and, as the official
+    code does it, the donor's whole matrices of these layers with embeddings and head (95 % intervals). Lines across:
+    the target and the donor as they are."""
     import matplotlib.pyplot as plt
     data = _surgery(tables, 'layers')
     blocks = sorted(set(data.layers.dropna()), key=_block_key)
@@ -197,7 +304,9 @@ def f11(tables):
             x = [blocks.index(b) + (present[b].index(edit) - (len(present[b]) - 1) / 2) * width for b in d.layers]
             alpha = .85 if edit in ('directions', 'both') else .5
             handles[edit] = ax.bar(x, 100 * d['mean'], width * .9, color=fill, alpha=alpha, label=label, zorder=2)
-            ax.errorbar(x, 100 * d['mean'], reach(d, 100), fmt='none', ecolor='#222222', elinewidth=.9, capsize=2, zorder=3)
+            ax.errorbar(
+                x, 100 * d['mean'], reach(d, 100), fmt='none', ecolor='#222222', elinewidth=0.9, capsize=2, zorder=3
+            )
         ax.set_title(title, color=colour)
         ax.set_xticks(range(len(blocks)), blocks)
         ax.set(xlabel='layers', xlim=(-.6, len(blocks) - .4))
@@ -211,13 +320,20 @@ def f11(tables):
 # %% ../nbs/17e_weight_figures.ipynb #efcbb10b
 @figure('energy')
 def f13(tables):
-    "Above: shares of an update's energy, by matrix, mean over layers (bars: 95 % intervals over seeds; dots: seeds; dotted: an update without structure). Below: root mean square of U^T dW V in blocks, for q of the middle layer, relative to the whole (log scale)."
+    """Above: shares of an update's energy, by matrix, mean over layers (bars: 95 % intervals over seeds; dots: seeds;
+    dotted: an update without structure). Below: root mean square of U^T dW V in blocks, for q of the middle layer,
+    relative to the whole (log scale)."""
     import matplotlib.pyplot as plt, pandas as pd
     e = rows(tables['energy'], 'energy')
     parts = {'scaling': '#4C72B0', 'rotation': '#882E72', 'crossing': '#CC79A7', 'outside': '#BBBBBB'}
-    pairs, kinds = list(dict.fromkeys(e.pair)), [k for k in KIND_NAMES if k in set(e.kind)]
+    e = e.astype(dict(layer=float)).fillna(dict(layer=-1))  # what lies outside of layers
+    pairs, kinds = list(dict.fromkeys(e.pair)), kinds_shown(e.kind)
+    e = e[e.kind.isin(kinds)]
     shares, maps = e[e.part.isin(parts)], e[e.part == 'map']
-    data = with_seeds(shares.groupby(['pair', 'kind', 'part', 'seed'])['value'].mean().dropna().reset_index(), ['pair', 'kind', 'part'])
+    data = with_seeds(
+        shares.groupby(['pair', 'kind', 'part', 'seed'])['value'].mean().dropna().reset_index(),
+        ['pair', 'kind', 'part'],
+    )
     fig, axes = plt.subplots(2, len(pairs), figsize=(7, 4.2), squeeze=False, height_ratios=(1.15, 1))
     for (top, bottom), pair in zip(axes.T, pairs):
         for n, (part, colour) in enumerate(parts.items()):
@@ -225,16 +341,41 @@ def f13(tables):
             x = lambda t: np.array([kinds.index(k) for k in t.kind]) + (n - 1.5) * .2
             total, single = d[d.seed == 'all'], d[d.seed != 'all']
             top.bar(x(total), 100 * total['mean'], .18, color=colour, label=part)
-            top.errorbar(x(total), 100 * total['mean'], reach(total, 100), fmt='none', ecolor='#222222', elinewidth=.8, capsize=1.5)
+            top.errorbar(
+                x(total),
+                100 * total['mean'],
+                reach(total, 100),
+                fmt='none',
+                ecolor='#222222',
+                elinewidth=0.8,
+                capsize=1.5,
+            )
             expected = shares[(shares.pair == pair) & (shares.part == part)].groupby('kind')['unstructured'].mean()
-            top.hlines(100 * expected, *(x(expected.reset_index()) + s for s in (-.1, .1)), color='#222222', lw=1, ls=':', zorder=4)
+            top.hlines(
+                100 * expected,
+                *(x(expected.reset_index()) + s for s in (-0.1, 0.1)),
+                color='#222222',
+                lw=1,
+                ls=':',
+                zorder=4,
+            )
             top.plot(x(single), 100 * single['mean'], 'o', ms=2, color='white', mec='#222222', mew=.4)
-        top.set_title(pair); top.set_xticks(range(len(kinds)), [k.removesuffix('_proj') for k in kinds]); top.tick_params(axis='x', length=0); top.set_ylim(0, 100)
+        top.set_title(pair)
+        top.set_xticks(range(len(kinds)), [k.removesuffix('_proj') for k in kinds])
+        top.tick_params(axis='x', length=0)
+        top.set_ylim(0, 100)
         m = maps[(maps.pair == pair) & (maps.kind == kinds[0])]
-        m = m[m.layer == sorted(m.layer.unique())[m.layer.nunique() // 2]].groupby(['row', 'column'])['value'].mean().unstack()
+        m = (
+            m[m.layer == sorted(m.layer.unique())[m.layer.nunique() // 2]]
+            .groupby(['row', 'column'])['value']
+            .mean()
+            .unstack()
+        )
         image = bottom.imshow(np.log2(np.maximum(m.to_numpy(float), 1e-6)), cmap='PuOr_r', vmin=-3, vmax=3)
         bottom.set(xticks=[], yticks=[], xlabel='right directions')
-        data = pd.concat([data, m.stack().rename('mean').reset_index().assign(pair=pair, kind=kinds[0], part='map', seed='all')])
+        data = pd.concat(
+            [data, m.stack().rename('mean').reset_index().assign(pair=pair, kind=kinds[0], part='map', seed='all')]
+        )
     axes[0, 0].set_ylabel('share of the energy (%)'); axes[1, 0].set_ylabel('left directions')
     fig.colorbar(image, ax=axes[1].tolist(), shrink=.8, ticks=[-3, 0, 3], format=lambda v, _: f'{2.**v:g}')
     top_legend(fig, axes[0, 0].get_legend_handles_labels()[0])

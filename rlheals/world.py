@@ -8,21 +8,72 @@ __all__ = ['WORDS', 'MIXES', 'PRETRAINING', 'world_tokenizer', 'random_rule', 'k
 
 # %% ../nbs/07_world.ipynb #81973b47
 import random, time
+from collections import Counter
 from functools import lru_cache
 import numpy as np
 from .determinant import Determinant, brief_number, expansion
-from .general_points import FACES, RANKS, FormulaError, GeneralPoints, RULES, bracketings, card_value, is_novel, parse_formula, solve, spaced, split_hands
+from .general_points import (FACES, RANKS, FormulaError, GeneralPoints, RULES, bracketings, brief_numbers,
+                                    card_value, is_novel, parse_formula, solve, spaced, split_hands)
 from .models import attention, encode, generate, set_up_torch
 from .navigation import HEADINGS, LANDMARKS, TURNS, Navigation, route
 from .rank import Rank, shown
 from .tasks import Problem, examples, problem_set
 
 # %% ../nbs/07_world.ipynb #858ed1b8
-WORDS = list(dict.fromkeys([
-    *RANKS, *map(str, range(-99, 100)), *(f'{s}{h}h' for h in range(1, 6) for s in ('', '-')), *'+-*/()=[]{}:', 'cards', 'number', 'formula', 'format', 'result',
-    'play', 'rule', 'solve', 'read', 'make', 'write', 'so', 'wrong',
-    *HEADINGS, *(w for t in TURNS for w in t.split()), *LANDMARKS, 'ahead', 'behind', 'nothing', 'turn', 'turns', 'to', 'forward', 'stop', 'then', 'plan', 'now', 'see', 'do',
-    'walk', 'step', 'observation', 'instruction', 'space', 'action', 'rank', 'determinant', 'minors', 'terms', 'answer', 'find', 'times', 'plus']))
+WORDS = list(
+    dict.fromkeys(
+        [
+            *RANKS,
+            *map(str, range(-99, 100)),
+            *(f'{s}{h}h' for h in range(1, 6) for s in ('', '-')),
+            *'+-*/()=[]{}:',
+            'cards',
+            'number',
+            'formula',
+            'format',
+            'result',
+            'play',
+            'rule',
+            'solve',
+            'read',
+            'make',
+            'write',
+            'so',
+            'wrong',
+            *HEADINGS,
+            *(w for t in TURNS for w in t.split()),
+            *LANDMARKS,
+            'ahead',
+            'behind',
+            'nothing',
+            'turn',
+            'turns',
+            'to',
+            'forward',
+            'stop',
+            'then',
+            'plan',
+            'now',
+            'see',
+            'do',
+            'walk',
+            'step',
+            'observation',
+            'instruction',
+            'space',
+            'action',
+            'rank',
+            'determinant',
+            'minors',
+            'terms',
+            'answer',
+            'find',
+            'times',
+            'plus',
+        ]
+    )
+)
+
 
 def world_tokenizer():
     "A word-level `PreTrainedTokenizerFast` over the words of the tiny world."
@@ -31,15 +82,26 @@ def world_tokenizer():
     special = ['<pad>', '<bos>', '<eos>', '<unk>']
     tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token='<unk>'))
     # trainers put prompt and answer together without a space; a minus belongs to its number
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r'[=+*/()\[\]{}:]'), 'isolated')])
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r'[=+*/()\[\]{}:]'), 'isolated')]
+    )
     tok.post_processor = processors.TemplateProcessing('<bos> $A', special_tokens=[('<bos>', 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', bos_token='<bos>', eos_token='<eos>', unk_token='<unk>',
-                                   padding_side='left', model_max_length=512)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        pad_token='<pad>',
+        bos_token='<bos>',
+        eos_token='<eos>',
+        unk_token='<unk>',
+        padding_side='left',
+        model_max_length=512,
+    )
 
 # %% ../nbs/07_world.ipynb #fa053c75
 MIXES = {  # share of each kind of document; the first mix is for the first `switch` of the steps
     'early': dict(solve=.45, read=.12, step=.09, rank=.1, determinant=.14, sums=.1),
     'late': dict(solve=.1, make=.36, write=.22, read=.02, step=.09, rank=.09, determinant=.12),
+    # after them, with a cycle of its own
+    'revise': dict(revise=.5, solve=.05, make=.12, write=.1, read=.02, step=.05, rank=.05, determinant=.11),
 }
 
 def random_rule(rng: random.Random) -> dict:
@@ -68,7 +130,9 @@ def _wrong_formula(rng, values):  # numbers, a formula that is not right for `va
     said = list(values)
     if rng.random() < .4: said[rng.randrange(4)] = rng.randint(1, 13)
     used = rng.sample(said, 4)
-    formula = spaced(rng.choice(bracketings(4)).format(*(x for pair in zip(used, rng.choices('+-*/', k=3) + ['']) for x in pair)))
+    formula = spaced(
+        rng.choice(bracketings(4)).format(*(x for pair in zip(used, rng.choices('+-*/', k=3) + ['']) for x in pair))
+    )
     if said != list(values): return said, formula, 'number'
     try: value = parse_formula(formula)[0]
     except FormulaError: return said, formula, 'formula'
@@ -125,8 +189,107 @@ def _piece(rng):  # `write` for navigation and matrices
     said = dict(minors=f'[ {minors} ]', terms=f'[ {terms} ]', answer=determinant)
     return f'write {_words(fields)} determinant {text} :', f"{{ {_words(f'{f} {said[f]}' for f in fields)} }}"
 
+_NAMES = (
+    'cards',
+    'number',
+    'formula',
+    'see',
+    'plan',
+    'do',
+    'minors',
+    'terms',
+    'answer',
+    'read',
+    'make',
+    'solve',
+    'write',
+)
+
+
+def _form(rng):  # a form of answer to a hand: its fields, and a function that writes one
+    fields = rng.choice(
+        [('cards', 'number', 'formula')] * 3
+        + [
+            ('cards', 'formula', 'number'),
+            ('number', 'cards', 'formula'),
+            ('cards', 'number'),
+            ('number', 'formula'),
+            ('formula', 'number'),
+            ('formula',),
+            ('number',),
+        ]
+    )
+    names = {f: f if rng.random() < .6 else rng.choice(_NAMES) for f in fields}
+    braces, brackets = rng.random() < .85, rng.random() < .7
+    # that is the task's own answer
+    if brackets and [*names.values()] == ['cards', 'number', 'formula']: return _form(rng)
+    def write(**said):
+        show = lambda f: (
+            f'{names[f]} [ {_words(said[f])} ]'
+            if f != 'formula' and brackets
+            else f'{names[f]} {said[f] if f == "formula" else _words(said[f])}'
+        )
+        text = _words(map(show, fields))
+        return f'{{ {text} }}' if braces else text
+    return fields, write
+
+def _misread(rng, cards, values):  # numbers that are not the hand's: the face cards as tens, or one or two others
+    if rng.random() < .5 and (tens := [10 if c in FACES else v for c, v in zip(cards, values)]) != values: return tens
+    said = list(values)
+    for k in rng.sample(range(4), rng.choice((1, 1, 2))): said[k] = rng.randint(1, 13)
+    return said if sorted(said) != sorted(values) else _misread(rng, cards, values)
+
+def _any_formula(rng, values):  # one that makes 24, where there is one
+    if found := known_formulas(tuple(sorted(values))): return rng.choice(found)
+    return spaced(
+        rng.choice(bracketings(4)).format(
+            *(x for pair in zip(rng.sample(values, 4), rng.choices('+-*/', k=3) + ['']) for x in pair)
+        )
+    )
+
+
+def _wrong_try(rng, fields, cards, values, formula):  # what the fields say, and what was wrong with that
+    kind = rng.choice(
+        [
+            k
+            for k in ('number', 'number', 'number', 'use', 'result', 'broken', 'cards')
+            if k in fields or k in ('use', 'result', 'broken') and 'formula' in fields
+        ]
+    )
+    said = dict(cards=cards, number=values, formula=f'{formula} = 24')
+    if kind == 'cards':
+        return said | dict(
+            cards=[*cards[: (k := rng.randrange(4))], rng.choice([r for r in RANKS if r != cards[k]]), *cards[k + 1 :]]
+        ), 'cards'
+    if kind in ('number', 'use'):
+        read = _misread(rng, cards, values)
+        return said | dict(
+            number=read if kind == 'number' else values, formula=f'{_any_formula(rng, read)} = 24'
+        ), brief_numbers(Counter(read), values)
+    if kind == 'broken':
+        words = formula.split()
+        del words[rng.randrange(len(words))]
+        return said | dict(formula=f'{_words(words)} = 24'), 'formula'
+    while True:
+        _, bad, why = _wrong_formula(rng, values)
+        if why != 'number': return said | dict(formula=f'{bad} = 24'), why
+
+def _revised(rng):  # answers in some form, each with what was wrong, and the right answer in the same form
+    rule, cards, values, formula = _hand(rng)
+    (fields, write), place = _form(rng), rng.random()
+    asked = (
+        f"rule {_words(f'{k} = {v}' for k, v in rule.items())} cards {_words(cards)} :"
+        if place < 0.75
+        else f'{_words(values)} :'
+    )
+    doc = [(f"{rng.choice(('make', 'write', 'read', 'solve'))} {asked}", False)] if place < .9 else []
+    for _ in range(rng.choices((1, 2, 3), (6, 3, 1))[0]):
+        said, why = _wrong_try(rng, fields, cards, values, formula)
+        doc.append((f'{write(**said)} wrong {why} :', False))
+    return doc + [(write(cards=cards, number=values, formula=f'{formula} = 24'), True)]
+
 def document(
-    kind: str,  # `solve`, `read`, `make`, `write`, `step`, `rank`, `determinant` or `sums`
+    kind: str,  # `solve`, `read`, `make`, `write`, `revise`, `step`, `rank`, `determinant` or `sums`
     rng: random.Random,
 ) -> list[tuple[str, bool]]:
     "One document of the world: (text, learn?) pieces."
@@ -141,6 +304,7 @@ def document(
         text, minors, terms, determinant = _matrix(rng, kind)
         return _asked(f'find determinant {text} :', f'minors {minors} terms {terms} so {determinant}')
     if kind == 'sums': return _asked(*_sum(rng))
+    if kind == 'revise': return _revised(rng)
     return _piece_or_cards(kind, rng)
 
 def _piece_or_cards(kind, rng):
@@ -165,6 +329,8 @@ def _piece_or_cards(kind, rng):
 
 # %% ../nbs/07_world.ipynb #ed8d6768
 PRETRAINING = dict(steps=24000, batch=64, lr=2e-3, warmup=.05, switch=.6, weight_decay=.01, threads=2, seed=0,
+                   # second cycle: its length, as a share of the first, and its learning rate
+                   revise=1 / 6, revise_lr=8e-4,
                    hidden_size=128, layers=4, heads=4, mlp=384)
 
 def _encode(tokenizer, doc):  # -> ids, labels (-100 where nothing is learnt)
@@ -193,70 +359,137 @@ def batches(
             y = pad_sequence([torch.tensor(v) for v in labels], True, -100)
             yield x, (x != tokenizer.pad_token_id).long(), y
 
-def pretrain(
-    report=print,  # called with one line now and then
-    progress=lambda done, total: None,  # called after each step
-    **changes,  # of `PRETRAINING`
-):
-    "Make the tiny base model from nothing: (model, tokenizer, record of how it was made)."
-    import torch, transformers
-    from transformers import LlamaConfig, LlamaForCausalLM
-    if unknown := set(changes) - set(PRETRAINING): raise ValueError(f'unknown settings {sorted(unknown)}: use {", ".join(PRETRAINING)}')
-    c = PRETRAINING | changes
-    set_up_torch(c['threads'], seed=c['seed'])
-    tok, rng = world_tokenizer(), random.Random(c['seed'])
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tok), hidden_size=c['hidden_size'], intermediate_size=c['mlp'], num_hidden_layers=c['layers'],
-        num_attention_heads=c['heads'], max_position_embeddings=512, tie_word_embeddings=False,
-        pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, attn_implementation=attention('cpu'))).train()
-    opt = torch.optim.AdamW(model.parameters(), lr=c['lr'], weight_decay=c['weight_decay'], betas=(.9, .98), fused=True)
-    sched = torch.optim.lr_scheduler.OneCycleLR(opt, c['lr'], total_steps=c['steps'], pct_start=c['warmup'])
-    sources = {k: batches(tok, m, c['batch'], rng) for k, m in MIXES.items()}
+def _train(model, c, steps, lr, source, report, progress):  # one cycle; the mean loss of its end
+    import torch
+    opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=c['weight_decay'], betas=(.9, .98), fused=True)
+    sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=c['warmup'])
     start, losses = time.time(), []
-    for step in range(c['steps']):
-        x, mask, y = next(sources['early' if step < c['switch'] * c['steps'] else 'late'])
+    for step in range(steps):
+        x, mask, y = next(source(step))
         loss = model(input_ids=x, attention_mask=mask, labels=y).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         opt.step(); sched.step(); opt.zero_grad()
         losses.append(loss.detach())
-        progress(step + 1, c['steps'])
-        if (step + 1) % 500 == 0 or step + 1 == c['steps']:
+        progress(step + 1)
+        if (step + 1) % 500 == 0 or step + 1 == steps:
             mean = torch.stack(losses).mean().item(); losses.clear()
-            report(f'step {step + 1}/{c["steps"]}  loss {mean:.3f}  {time.time() - start:.0f} s')
-    record = dict(settings=c, loss=mean, seconds=round(time.time() - start), parameters=model.num_parameters(),
+            report(f'step {step + 1}/{steps}  loss {mean:.3f}  {time.time() - start:.0f} s')
+    return mean
+
+def pretrain(
+    report=print,  # called with one line now and then
+    progress=lambda done, total: None,  # called after each step
+    start=None,  # model that has had the first cycle: only the second is done, on it
+    **changes,  # of `PRETRAINING`
+):
+    "Make the tiny base model from nothing: (model, tokenizer, record of how it was made)."
+    import torch, transformers
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if unknown := set(changes) - set(PRETRAINING):
+        raise ValueError(f'unknown settings {sorted(unknown)}: use {", ".join(PRETRAINING)}')
+    c = PRETRAINING | changes
+    set_up_torch(c['threads'], seed=c['seed'])
+    tok, began, losses = world_tokenizer(), time.time(), {}
+    model = start or LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tok),
+            hidden_size=c['hidden_size'],
+            intermediate_size=c['mlp'],
+            num_hidden_layers=c['layers'],
+            num_attention_heads=c['heads'],
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+            pad_token_id=tok.pad_token_id,
+            bos_token_id=tok.bos_token_id,
+            eos_token_id=tok.eos_token_id,
+            attn_implementation=attention('cpu'),
+        )
+    )
+    model.train()
+    second = round(c['steps'] * c['revise'])
+    total = (0 if start else c['steps']) + second
+    if not start:
+        rng = random.Random(c['seed'])
+        sources = {k: batches(tok, MIXES[k], c['batch'], rng) for k in ('early', 'late')}
+        of = lambda step: sources['early' if step < c['switch'] * c['steps'] else 'late']
+        losses['first'] = _train(model, c, c['steps'], c['lr'], of, report, lambda done: progress(done, total))
+    if second:
+        rng = random.Random(f"revise {c['seed']}")
+        source = batches(tok, MIXES['revise'], c['batch'], rng)
+        losses['revise'] = _train(
+            model,
+            c,
+            second,
+            c['revise_lr'],
+            lambda step: source,
+            report,
+            lambda done: progress(total - second + done, total),
+        )
+    record = dict(settings=c, loss=losses, seconds=round(time.time() - began), parameters=model.num_parameters(),
                   versions=dict(torch=torch.__version__, transformers=transformers.__version__))
     return model.eval(), tok, record
 
+
 # %% ../nbs/07_world.ipynb #124bdcb0
+def _tried(task, p, rng):  # the task's prompt, a wrong answer in its form, and its feedback
+    said = _misread(rng, p.data['cards'], list(p.data['values']))
+    wrong = task.answer(p, _any_formula(rng, said), numbers=said)
+    return f'{task.prompt(p)} {wrong} {task.followup(p, task.verify(p, wrong))}'
+
 def examine(
     model,
     tokenizer,
     n: int = 400,  # at most this many problems per split
 ) -> dict:
-    "Accuracy (greedy) per task, split and form: the world's own (`read`, `solve`, `make`, `step`, `find`) and `task`, the task itself."
+    """Accuracy (greedy) per task, split and form: the world's own (`read`, `solve`, `make`, `step`, `find`), `task`,
+    the task itself, and `revise`: after a wrong answer in the task's form and its feedback, is the next one right?"""
     out = {}
-    def ask(prompts, new): return tokenizer.batch_decode(generate(model, tokenizer, [encode(tokenizer, [p]) for p in prompts], new), skip_special_tokens=True)
+
+    def ask(prompts, new):
+        return tokenizer.batch_decode(
+            generate(model, tokenizer, [encode(tokenizer, [p]) for p in prompts], new), skip_special_tokens=True
+        )
+
     def share(right): return round(float(np.mean(list(right))), 4)
-    task = GeneralPoints('brief')
+    task, rng = GeneralPoints('brief'), random.Random(0)
     for split in ('id', 'ood', 'id_novel', 'ood_novel'):
         problems = [task.problem(h, split) for h in split_hands(split)[:n]]
         prompts, values = [task.prompt(p) for p in problems], [p.data['values'] for p in problems]
-        def right(formulas, numbers): return share(task.verify(p, task.answer(p, f.partition('=')[0], numbers=v)).correct for p, f, v in zip(problems, formulas, numbers))
+
+        def right(formulas, numbers):
+            return share(
+                task.verify(p, task.answer(p, f.partition('=')[0], numbers=v)).correct
+                for p, f, v in zip(problems, formulas, numbers)
+            )
+
         made = [a.partition('so') for a in ask([p.replace('play', 'make') for p in prompts], 28)]
         out[f'{task.name} {split}'] = dict(
-            read=share(a.split() == list(map(str, v)) for a, v in zip(ask([p.replace('play', 'read') for p in prompts], 8), values)),
+            read=share(
+                a.split() == list(map(str, v))
+                for a, v in zip(ask([p.replace('play', 'read') for p in prompts], 8), values)
+            ),
             solve=right(ask([f'solve {_words(v)} :' for v in values], 20), values),
             make=right([m[2] for m in made], [m[0].split() for m in made]),
-            task=share(task.verify(p, a).correct for p, a in zip(problems, ask(prompts, 40))))
+            task=share(task.verify(p, a).correct for p, a in zip(problems, ask(prompts, 40))),
+            revise=share(
+                task.verify(p, a).correct for p, a in zip(problems, ask([_tried(task, p, rng) for p in problems], 40))
+            ),
+        )
     for task, form in ((Navigation('brief'), 'step'), (Rank('brief'), 'find'), (Determinant('brief'), 'find')):
         for split in ('id', 'ood'):
             problems = [p for p, _ in examples(task, split, n)] if form == 'step' else problem_set(task, split, n)
             prompts = [task.prompt(p) for p in problems]
             answers = ask([p.replace('walk', 'step') if form == 'step' else f'find {p}' for p in prompts], 24)
-            want = [p.data['script'][p.data['step']][2] if form == 'step' else brief_number(p.data[task.name]) for p in problems]
-            out[f'{task.name} {split}'] = {form: share(a.rpartition('so ')[2].strip() == w for a, w in zip(answers, want)),
-                                           'task': share(task.verify(p, a).correct for p, a in zip(problems, ask(prompts, 40)))}
+            want = [
+                p.data['script'][p.data['step']][2] if form == 'step' else brief_number(p.data[task.name])
+                for p in problems
+            ]
+            out[f'{task.name} {split}'] = {
+                form: share(a.rpartition('so ')[2].strip() == w for a, w in zip(answers, want)),
+                'task': share(task.verify(p, a).correct for p, a in zip(problems, ask(prompts, 40))),
+            }
     return out
 
 # %% ../nbs/07_world.ipynb #084a9bfa
@@ -264,5 +497,13 @@ def compare(a, b):
     "How far two models are apart, per weight matrix: relative Frobenius distance and largest difference."
     import pandas as pd
     theirs = b.state_dict()
-    return pd.DataFrame([dict(weight=n, relative_distance=((w - theirs[n]).norm() / theirs[n].norm()).item(), largest=(w - theirs[n]).abs().max().item())
-                         for n, w in a.state_dict().items()]).set_index('weight')
+    return pd.DataFrame(
+        [
+            dict(
+                weight=n,
+                relative_distance=((w - theirs[n]).norm() / theirs[n].norm()).item(),
+                largest=(w - theirs[n]).abs().max().item(),
+            )
+            for n, w in a.state_dict().items()
+        ]
+    ).set_index('weight')

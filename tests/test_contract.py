@@ -2,6 +2,7 @@
 import time
 import numpy as np
 import pytest
+from conftest import linear
 from hypothesis import HealthCheck, given, settings, strategies as st
 from rlheals.tasks import STYLES, TASKS, Episode, check_task, fingerprint, load_task, problem_set, seeded, steps
 
@@ -45,12 +46,27 @@ def test_no_text_breaks_a_verifier(name, style, data):
 
 
 BIG = {  # texts of about n characters
-    'unicode': lambda n: '🂡漢\u202e' * (n // 3), 'one letter': lambda n: 'a' * n, 'open braces': lambda n: '{' * n, 'open brackets': lambda n: '{"cards": ' + '[' * n,
-    'round brackets': lambda n: '{ cards [ 1 ] number [ 1 ] formula ' + '(' * n + ' }', 'nested objects': lambda n: '{"a":' * (n // 6) + '1' + '}' * (n // 6), 'quotes': lambda n: '{' + '"' * n + '}',
-    'names without end': lambda n: '{ cards number formula answer see plan do ' * (n // 42), 'names': lambda n: '{' + 'cards: ' * (n // 7) + '}', 'spaces': lambda n: '{ answer ' + ' ' * n + '}',
-    'NUL': lambda n: '\0' * n, 'digits': lambda n: '{"answer": ' + '9' * n + '}', 'power': lambda n: '{ cards [ 1 ] number [ 1 ] formula ' + '9**' * (n // 3) + '9 }',
-    'sentences': lambda n: '{"current observation": "' + 'You are. ' * (n // 9) + '", "current instruction": "x", "action": "stop now"}', 'colons': lambda n: '{ answer' + ' :' * (n // 2) + '}',
-    'objects': lambda n: '{"answer": x} ' * (n // 14), 'fields': lambda n: '{' + '"current observation" ' * (n // 22) + '}', 'words': lambda n: '{ see ' + 'plan ' * (n // 5) + 'do }'}
+    'unicode': lambda n: '🂡漢\u202e' * (n // 3),
+    'one letter': lambda n: 'a' * n,
+    'open braces': lambda n: '{' * n,
+    'open brackets': lambda n: '{"cards": ' + '[' * n,
+    'round brackets': lambda n: '{ cards [ 1 ] number [ 1 ] formula ' + '(' * n + ' }',
+    'nested objects': lambda n: '{"a":' * (n // 6) + '1' + '}' * (n // 6),
+    'quotes': lambda n: '{' + '"' * n + '}',
+    'names without end': lambda n: '{ cards number formula answer see plan do ' * (n // 42),
+    'names': lambda n: '{' + 'cards: ' * (n // 7) + '}',
+    'spaces': lambda n: '{ answer ' + ' ' * n + '}',
+    'NUL': lambda n: '\0' * n,
+    'digits': lambda n: '{"answer": ' + '9' * n + '}',
+    'power': lambda n: '{ cards [ 1 ] number [ 1 ] formula ' + '9**' * (n // 3) + '9 }',
+    'sentences': lambda n: (
+        '{"current observation": "' + 'You are. ' * (n // 9) + '", "current instruction": "x", "action": "stop now"}'
+    ),
+    'colons': lambda n: '{ answer' + ' :' * (n // 2) + '}',
+    'objects': lambda n: '{"answer": x} ' * (n // 14),
+    'fields': lambda n: '{' + '"current observation" ' * (n // 22) + '}',
+    'words': lambda n: '{ see ' + 'plan ' * (n // 5) + 'do }',
+}
 
 
 @every_task
@@ -60,15 +76,14 @@ def test_a_megabyte_is_read_in_linear_time(name, style, kind):
     task = load_task(name, style=style)
     p = task.sample(seeded(1), 'train')
 
-    def seconds(text):
-        start = time.process_time()
+    def seconds(n):
+        text, start = BIG[kind](n), time.process_time()
         v = task.verify(p, text)
         taken = time.process_time() - start
         assert not v.correct and parts_add_up(v)
         return taken
 
-    small, large = (min(seconds(BIG[kind](n)) for _ in range(3)) for n in (250_000, 1_000_000))
-    assert large < 10 * small + .02, (small, large)
+    assert linear(seconds, 250_000)
 
 
 @every_task
@@ -83,16 +98,25 @@ def test_same_seed_same_problem(name, style, seed, split):
 
 @pytest.mark.parametrize('name', TASKS)
 def test_splits_are_disjoint(name):
-    "By key, over thousands of draws with different seeds; and the key is what the model is asked, in whatever disguise."
+    """By key, over thousands of draws with different seeds; and the key is what the model is asked, in whatever
+    disguise."""
     task = load_task(name)
-    keys = {split: {task.sample(rng, split).key for rng in [seeded(split, name)] for _ in range(2500 if split == 'train' else 600)} for split in ('train', 'id', 'ood', 'ood_dev')}
+    keys = {
+        split: {
+            task.sample(rng, split).key
+            for rng in [seeded(split, name)]
+            for _ in range(2500 if split == 'train' else 600)
+        }
+        for split in ('train', 'id', 'ood', 'ood_dev')
+    }
     for a in keys:
         for b in keys: assert a == b or not keys[a] & keys[b], (a, b)
     assert min(map(len, keys.values())) > 20
 
 
 def test_matrices_do_not_come_back_in_disguise():
-    "Independent of the key: no test matrix is a training matrix with rows or columns moved, signs changed, or transposed."
+    """Independent of the key: no test matrix is a training matrix with rows or columns moved, signs changed, or
+    transposed."""
     from itertools import permutations
 
     def disguises(m):
@@ -109,7 +133,10 @@ def test_matrices_do_not_come_back_in_disguise():
         tests = {canonical(p.data['matrix']) for split in ('id', 'ood') for p in problem_set(task, split, 100)}
         if name == 'rank': assert not train & tests
         else:  # here the determinant is part of what must be left the same: signs matter
-            of = lambda split, n: {(canonical(p.data['matrix']), p.data['determinant']) for p in [task.sample(r, split) for r in [seeded(split, 2)] for _ in range(n)]}
+            of = lambda split, n: {
+                (canonical(p.data['matrix']), p.data['determinant'])
+                for p in [task.sample(r, split) for r in [seeded(split, 2)] for _ in range(n)]
+            }
             assert not of('train', 400) & (of('id', 200) | of('ood', 200))
 
 
@@ -119,7 +146,38 @@ def test_problem_sets_do_not_repeat_and_are_named(name, style):
     n = 48 if name == 'navigation' else 200
     problems = problem_set(task, 'id', n, 3)
     assert len({task.prompt(p) for p in problems}) == n
-    assert fingerprint(problems) == fingerprint(problem_set(task, 'id', n, 3)) != fingerprint(problem_set(task, 'id', n, 4))
+    assert (
+        fingerprint(problems)
+        == fingerprint(problem_set(task, 'id', n, 3))
+        != fingerprint(problem_set(task, 'id', n, 4))
+    )
+
+
+@every_task
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_every_criterion_speaks_and_feedback_says_something(name, style, data):
+    """Whichever criterion decides, a verdict says what each would; the deciding one agrees with `correct`, and feedback
+    is one line that says what was wrong."""
+    plain = load_task(name, style=style)
+    for task in [load_task(name, style=style, checks=c) for c in plain.criteria] or [plain]:
+        p = task.sample(seeded(data.draw(st.integers(0, 50))), data.draw(st.sampled_from(('train', 'id', 'ood'))))
+        words = task.expert(p, seeded(0)).split(' ')
+        text = ' '.join(
+            data.draw(st.permutations(words))
+            if data.draw(st.booleans())
+            else words[: data.draw(st.integers(0, len(words)))]
+        )
+        v = task.verify(p, text)
+        assert set(v.by) == set(task.criteria) and all(type(x) is bool for x in v.by.values())
+        if task.criteria: assert v.correct == v.by[task.checks] and (not v.by['all'] or all(v.by.values()))
+        if not v.correct:
+            said = task.followup(p, v)
+            assert (
+                said.startswith('wrong ' if style == 'brief' else 'You failed this trial because ')
+                and len(said) < 500
+                and '\n' not in said
+            )
 
 
 @every_task
@@ -140,5 +198,10 @@ def test_episodes(name, style):
 
 
 def test_unknown_options_are_named():
-    for name, bad in (('rank', dict(turns=3)), ('navigation', dict(turns=0)), ('general_points', dict(style='x')), ('chess', {})):
+    for name, bad in (
+        ('rank', dict(turns=3)),
+        ('navigation', dict(turns=0)),
+        ('general_points', dict(style='x')),
+        ('chess', {}),
+    ):
         with pytest.raises(ValueError): load_task(name, **bad)

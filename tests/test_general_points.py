@@ -1,11 +1,13 @@
 """The verifier against an independent evaluator, on every solution and on many mutations."""
 import ast, operator, random
+from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations_with_replacement, permutations
 import pytest
 from hypothesis import given, settings, strategies as st
-from rlheals.general_points import FACES, RULES, FormulaError, GeneralPoints, all_hands, card_value, parse_answer, parse_formula, solve, solve_all, split_hands
+from rlheals.general_points import (FACES, RULES, FormulaError, GeneralPoints, all_hands, card_value, parse_answer,
+                                    parse_formula, solve, solve_all, split_hands)
 
 TASKS = [GeneralPoints('paper'), GeneralPoints('brief')]
 OPS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
@@ -55,10 +57,17 @@ def test_solver_finds_what_an_exhaustive_search_finds():
                    for r in [xs[i] + xs[j], xs[i] - xs[j], xs[i] * xs[j]] + ([xs[i] / xs[j]] if xs[j] else []))
     solved = solve_all(combinations_with_replacement(range(1, 14), 4))
     for values, formulas in solved.items(): assert bool(formulas) == reach(tuple(map(Fraction, values))), values
-    assert (len(solved), sum(map(bool, solved.values())), sum(bool(f) for v, f in solved.items() if max(v) <= 10)) == (1820, 1362, 566)
+    assert (len(solved), sum(map(bool, solved.values())), sum(bool(f) for v, f in solved.items() if max(v) <= 10)) == (
+        1820,
+        1362,
+        566,
+    )
 
 
-@pytest.mark.parametrize('values, target', [((3, 3, 8, 8), 24), ((1, 2, 7, 13), 24), ((2, 5, 9), 7), ((4, 6), 24), ((1, 5, 5, 5), 24), ((2, 3, 11, 40), 61)])
+@pytest.mark.parametrize(
+    'values, target',
+    [((3, 3, 8, 8), 24), ((1, 2, 7, 13), 24), ((2, 5, 9), 7), ((4, 6), 24), ((1, 5, 5, 5), 24), ((2, 3, 11, 40), 61)],
+)
 def test_every_formula_is_found_once(values, target):
     "Against all orders, operators and bracketings written out as text and evaluated by Python's own grammar."
     def trees(xs):
@@ -73,9 +82,16 @@ def test_every_formula_is_found_once(values, target):
 
 def mutate(rng, text):
     i = rng.randrange(len(text))
-    return rng.choice([lambda: text[:i] + text[i + 1:], lambda: text[:i] + rng.choice('0123456789+-*/()=. x') + text[i:],
-                       lambda: text[:i] + rng.choice('0123456789+-*/()') + text[i + 1:], lambda: text[:i] + text[i:][::-1],
-                       lambda: text.replace('24', '25', 1), lambda: text + text])()
+    return rng.choice(
+        [
+            lambda: text[:i] + text[i + 1 :],
+            lambda: text[:i] + rng.choice('0123456789+-*/()=. x') + text[i:],
+            lambda: text[:i] + rng.choice('0123456789+-*/()') + text[i + 1 :],
+            lambda: text[:i] + text[i:][::-1],
+            lambda: text.replace('24', '25', 1),
+            lambda: text + text,
+        ]
+    )()
 
 
 def test_mutations_are_rejected_exactly():
@@ -96,19 +112,64 @@ def test_mutations_are_rejected_exactly():
 
 
 @pytest.mark.parametrize('field', ['cards', 'number'])
-def test_a_wrong_field_is_rejected(field):
+def test_a_wrong_field_is_rejected_where_all_count(field):
+    "And by the official criterion, where the formula alone counts, it is accepted; each verdict says what both say."
     rng = random.Random(0)
     for _ in range(2000):
         split = rng.choice(['id', 'ood'])
         hand = rng.choice(split_hands(split))
-        task = TASKS[0]
+        task, strict = TASKS[0], GeneralPoints(checks='all')
         p = task.problem(hand, split)
         cards, numbers = list(hand), list(p.data['values'])
         if field == 'cards': cards[rng.randrange(4)] = rng.choice([c for c in 'A23456789JQK' if c not in hand])
         else: numbers[rng.randrange(4)] += rng.choice([-1, 1, 20])
-        text = '{"cards": %s, "number": %s, "formula": "%s=24"}' % (str(cards).replace("'", '"'), numbers, solve(p.data['values'])[0])
-        v = task.verify(p, text)
-        assert not v.correct and v.error == field
+        text = '{"cards": %s, "number": %s, "formula": "%s=24"}' % (
+            str(cards).replace("'", '"'),
+            numbers,
+            solve(p.data['values'])[0],
+        )
+        v, official = strict.verify(p, text), task.verify(p, text)
+        assert not v.correct and v.error == field and official.correct and official.reward == 5
+        assert v.by == official.by == dict(formula=True, all=False)
+
+
+NUMBERS = st.lists(st.integers(1, 30), min_size=1, max_size=5)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    hand=st.sampled_from([*hands('ood')]),
+    numbers=NUMBERS,
+    signs=st.lists(st.sampled_from('+-*/'), min_size=4, max_size=4),
+)
+def test_feedback_names_what_is_to_be_changed(hand, numbers, signs):
+    """Who drops the numbers that the brief feedback puts before `so`, and takes those after it, has the hand's numbers;
+    the paper's wording names the same."""
+    (cards, values), brief, paper = hand, TASKS[1], TASKS[0]
+    p = brief.problem(cards, 'ood')
+    formula = ' '.join(w for x, s in zip(numbers, signs + ['']) for w in (str(x), s)).rstrip('+-*/ ')
+    v = brief.verify(p, f'{{ formula {formula} = 24 }}')
+    said = brief.followup(p, v).split()
+    if sorted(numbers) == sorted(values): assert v.correct or said[:2] == ['wrong', 'result']; return
+    assert (
+        said[:2] == ['wrong', 'number']
+        and said[-1] == ':'
+        and v.error == ('number' if set(numbers) - set(values) else 'use')
+    )
+    drop, take = ' '.join(said[2:-1]).partition('so')[::2]
+    mended = Counter(numbers) - Counter(map(int, drop.split())) + Counter(map(int, take.split()))
+    assert mended == Counter(values)
+    words = paper.followup(p, paper.verify(p, f'{{"formula": "{formula}=24"}}'))
+    for x in map(int, take.split()): assert f'{x}' in words.partition("didn't use")[2]
+    assert ('invalid' in words) == (v.error == 'number') and paper.verify(
+        p, f'{{"formula": "{formula}=24"}}'
+    ).reward in (-2.0, -4.0)
+
+
+def test_feedback_on_an_ood_hand_says_what_the_face_cards_count():
+    p = TASKS[1].problem(('5', 'J', '3', 'A'), 'ood')
+    v = TASKS[1].verify(p, TASKS[1].answer(p, '(10-5)*3+9', numbers=(5, 10, 3, 9)))
+    assert TASKS[1].followup(p, v) == 'wrong number 10 9 so 11 1 :'
 
 
 def test_the_trap_of_floating_point():

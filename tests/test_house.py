@@ -17,7 +17,9 @@ def cells(path): return json.loads(path.read_text())['cells']
 def copy(tmp_path_factory):
     "A copy of the files under version control (or to be)."
     to = tmp_path_factory.mktemp('house')
-    names = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\n')
+    names = subprocess.run(
+        ['git', 'ls-files', '-co', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split('\n')
     for n in filter(None, names):
         if (ROOT/n).is_file():
             (to/n).parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +27,12 @@ def copy(tmp_path_factory):
     return to
 
 
-def contents(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+def contents(folder):
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob('*')
+        if p.is_file() and '__pycache__' not in p.parts
+    }
 
 
 def test_export_and_clean_leave_no_diff(copy):
@@ -49,34 +56,76 @@ def test_readme_is_made_from_index():
     assert (ROOT/'README.md').read_text() == readme(ROOT/'nbs'/'index.ipynb'), 'run `rlheals readme`'
 
 
+def test_readme_is_a_page():
+    "Both commands are seen without scrolling, and the whole is read in five minutes."
+    lines = (ROOT/'README.md').read_text().splitlines()
+    assert len(lines) <= 140 and sum(len(l.split()) for l in lines) <= 1400
+    assert [i for i, l in enumerate(lines, 1) if l.startswith('pip install -e')][1] < 25
+
+
 def test_readme_points_to_what_exists():
     for link in re.findall(r'\]\(([^)#]+)\)', (ROOT/'README.md').read_text()):
         assert link.startswith('http') or (ROOT/link).exists(), link
 
 
+def needs(module):
+    "The modules of the package that a module imports, at its top or in its functions."
+    tree = ast.parse((ROOT/'rlheals'/f'{module}.py').read_text())
+    froms = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module]
+    relative = {n.module.split('.')[0] for n in froms if n.level == 1}
+    return relative | {n.module.split('.')[1] for n in froms if n.module.startswith('rlheals.')}
+
+
 @pytest.mark.parametrize('module', CHAPTERS)
 def test_no_chapter_needs_a_later_one(module):
     order = list(CHAPTERS)
-    tree = ast.parse((ROOT/'rlheals'/f'{module}.py').read_text())
-    used = {n.module.split('.')[1] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.module or '').startswith('rlheals.')}
-    assert all(order.index(u) < order.index(module) for u in used), (module, used)
+    assert all(order.index(u) < order.index(module) for u in needs(module)), (module, needs(module))
+
+
+def test_the_imports_of_chapters_are_seen():
+    assert {'tasks', 'models', 'spectra'} <= needs('surgery') | needs('chain') | needs('compare')
+    assert sum(bool(needs(m)) for m in CHAPTERS) > .8 * len(CHAPTERS) > 30
 
 
 def test_imports_are_light():
     "Heavy libraries are imported where they are used."
     code = f"import sys, rlheals, {', '.join(f'rlheals.{m}' for m in CHAPTERS)}; print(*sys.modules)"
-    loaded = set(subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split())
-    assert not loaded & {'torch', 'transformers', 'trl', 'datasets', 'pandas', 'scipy', 'statsmodels', 'matplotlib', 'seaborn', 'snakemake'}
+    loaded = set(
+        subprocess.run(
+            [sys.executable, '-c', code], cwd=ROOT, check=True, capture_output=True, text=True
+        ).stdout.split()
+    )
+    assert not loaded & {
+        'torch',
+        'transformers',
+        'trl',
+        'datasets',
+        'pandas',
+        'scipy',
+        'statsmodels',
+        'matplotlib',
+        'seaborn',
+        'snakemake',
+    }
 
 
 def test_notebooks_are_small_and_without_errors():
     for path in (ROOT/'nbs').rglob('*.ipynb'):
         assert path.stat().st_size < 1_000_000, path
-        kept = json.loads(path.read_text())['metadata'].get('widgets', {}).get('application/vnd.jupyter.widget-state+json', {}).get('state', {})
+        kept = (
+            json.loads(path.read_text())['metadata']
+            .get('widgets', {})
+            .get('application/vnd.jupyter.widget-state+json', {})
+            .get('state', {})
+        )
         for cell in cells(path):
             for out in cell.get('outputs', []):
                 assert out['output_type'] != 'error' and out.get('name') != 'stderr', (path, out)
-                if view := out.get('data', {}).get('application/vnd.jupyter.widget-view+json'): assert view['model_id'] in kept, f'{path}: the view of a widget whose state is not kept shows an error where no kernel runs; remove it, and leave its text'
+                if view := out.get('data', {}).get('application/vnd.jupyter.widget-view+json'):
+                    assert view['model_id'] in kept, (
+                        f'{path}: the view of a widget whose state is not kept shows an error where no kernel runs; '
+                        'remove it, and leave its text'
+                    )
 
 
 def test_chain_notebooks_have_parameters():
@@ -89,26 +138,59 @@ def test_weights_are_small():
     assert sum(p.stat().st_size for p in (ROOT/'rlheals'/'assets').rglob('*') if p.is_file()) < 20e6
 
 
+# what has changed since the run whose figures are kept
+EARLIER = {
+    'task.tries',
+    'task.checks',
+    'sft.learning_rate',
+    'sft.schedule',
+    'sft.warmup_steps',
+    'sft.checkpoints',
+    'sft.end',
+    'grpo.starts',
+    'rl.starts',
+    'rl.micro_batch',
+    'rl.learning_rate',
+    'rl.entropy_coef',
+    'surgery.edits',
+}
+
+
+def assert_settings(record, now, sections):
+    """The settings of a record are today's; or those of the one earlier run that the README says the kept figures come
+    from, and nothing else differs."""
+    from rlheals.gallery import differing, made_with
+    then = {s: record['settings'][s] for s in sections}
+    if changed := differing(then, now):
+        note = made_with(ROOT/'figures')
+        assert note and note in (ROOT/'README.md').read_text()
+        of_then = {f'{s}.{k}' for s, c in then.items() for k in c}  # a setting that came later had no other value then
+        assert set(changed) & of_then <= EARLIER, set(changed) & of_then - EARLIER
+
+
 @pytest.mark.parametrize('figure', 'F1 F2 F3 F4 F5 F6 F7 F8 F9 F10 F11 F12 F13 F14 S1'.split())
 def test_committed_figures_come_from_the_default_run(figure):
     record = json.loads((ROOT/'figures'/f'{figure}.json').read_text())
     assert record['profile'] == 'tiny' and record['changes'] == [] and record['inputs']
     now = load_profile('tiny')
-    assert {'model', 'task', 'lora', 'sft', 'rl', 'grpo', 'eval', 'spectra', 'surgery', 'drift'} <= set(record['settings'])
-    assert record['settings'] == {s: now[s] for s in record['settings']}  # as the profile is now; it may have got sections that no such figure depends on
+    assert {'model', 'task', 'lora', 'sft', 'rl', 'grpo', 'eval', 'spectra', 'surgery', 'drift'} <= set(
+        record['settings']
+    )
+    assert_settings(record, now, record['settings'])  # the profile may have got sections that no such figure depends on
     assert all((ROOT/'figures'/f'{figure}.{e}').stat().st_size for e in ('png', 'svg', 'csv'))
 
 
-def test_the_shortened_run_is_that_of_the_readme():
+def test_the_shortened_run_is_that_of_the_profile():
     from rlheals.files import damaged_outputs
-    said = re.search(r'^rlheals reproduce --profile smollm2 (--set (?:.*\\\n)*.*)$', (ROOT/'README.md').read_text(), re.M)[1]
-    changes, records = re.findall(r'--set (\S+)', said), sorted((ROOT/'figures'/'smollm2-short').glob('*.json'))
-    now = load_profile('smollm2', changes)
+    records, now = sorted((ROOT/'figures'/'smollm2-short').glob('*.json')), load_profile('smollm2-short')
     assert len(records) == 15
     for path in records:
         record = json.loads(path.read_text())
-        assert record['profile'] == 'smollm2' and record['changes'] == changes, path
-        for section in ('model', 'task', 'sft', 'rl', 'grpo', 'baselines', 'eval', 'spectra', 'surgery', 'drift'): assert record['settings'][section] == now[section], (path, section)
+        # it was made before the profile had a name
+        assert load_profile(record['profile'], record['changes']) == now, path
+        assert_settings(
+            record, now, ('model', 'task', 'sft', 'rl', 'grpo', 'baselines', 'eval', 'spectra', 'surgery', 'drift')
+        )
         assert not damaged_outputs(path)
 
 
@@ -118,7 +200,27 @@ def test_the_explorer_opens_in_a_fresh_clone(task):
     path = ROOT/'figures'/'explorer'/f'{task}.parquet'
     assert path.stat().st_size < 1_500_000
     table = open_tables(ROOT/'nowhere', path.parent)[task]
-    assert set(table.part) == set(PARTS) and set(table.task) == {task} and set(named(table)) == {'base', 'SFT_MaxOOD', 'SFT_End', 'RL_End'}
+    assert (
+        set(table.part) == set(PARTS)
+        and set(table.task) == {task}
+        and set(named(table)) == {'base', 'SFT_MaxOOD', 'SFT_End', 'RL_End'}
+    )
     record, now = json.loads(path.with_suffix('.json').read_text()), load_profile('tiny', task=task)
-    assert record['profile'] == 'tiny' and record['changes'] == [] and f'{task}/seed0/tables/explorer.parquet' in record['inputs']
-    assert {s: record['settings'][s] for s in ('model', 'task', 'sft', 'rl', 'eval', 'explorer')} == {s: now[s] for s in ('model', 'task', 'sft', 'rl', 'eval', 'explorer')}
+    assert (
+        record['profile'] == 'tiny'
+        and record['changes'] == []
+        and f'{task}/seed0/tables/explorer.parquet' in record['inputs']
+    )
+    assert_settings(record, now, ('model', 'task', 'sft', 'rl', 'eval', 'explorer'))
+
+
+def test_lines_end_at_120_characters():
+    "In the code of all notebooks, of the modules (but for what nbdev writes itself) and of the tests."
+    code = [(f"{path.name} {cell['id']}", ''.join(cell['source'])) for path in (ROOT/'nbs').rglob('*.ipynb')
+            for cell in cells(path) if cell['cell_type'] == 'code']
+    files = [(path.name, path.read_text()) for folder in ('rlheals', 'tests') for path in (ROOT/folder).rglob('*.py')
+             if path.name != '_modidx.py']
+    assert len(code) > 500 and len(files) > 60
+    long = [(where, line) for where, text in code + files for line in text.splitlines()
+            if len(line) > 120 and not line.startswith('__all__ = ')]
+    assert not long, long

@@ -28,7 +28,11 @@ def reference_advantages(rewards, values, dones, gamma, lam):
 @given(st.integers(1, 6), st.integers(1, 4), st.floats(0, 1), st.floats(0, 1), st.integers(0, 10**6))
 def test_gae(T, N, gamma, lam, seed):
     rng = np.random.default_rng(seed)
-    rewards, values, dones = rng.normal(size=(T, N)), rng.normal(size=(T + 1, N)), (rng.random((T, N)) < .4).astype(float)
+    rewards, values, dones = (
+        rng.normal(size=(T, N)),
+        rng.normal(size=(T + 1, N)),
+        (rng.random((T, N)) < 0.4).astype(float),
+    )
     got = gae(*(torch.tensor(x) for x in (rewards, values, dones)), gamma, lam)
     np.testing.assert_allclose(got.numpy(), reference_advantages(rewards, values, dones, gamma, lam), atol=1e-10)
 
@@ -42,7 +46,10 @@ def test_loss(n, clip, value_clip, seed):
     loss, _ = ppo_loss(*(torch.tensor(x) for x in (logp, entropy, value, old, advantage, returns, old_value)), c)
     ratio = np.exp(logp - old)
     gains = [min(r * a, np.clip(r, 1 - clip, 1 + clip) * a) for r, a in zip(ratio, advantage)]
-    errors = [(v - r)**2 if not value_clip else max((v - r)**2, (o + np.clip(v - o, -value_clip, value_clip) - r)**2) for v, o, r in zip(value, old_value, returns)]
+    errors = [
+        (v - r) ** 2 if not value_clip else max((v - r) ** 2, (o + np.clip(v - o, -value_clip, value_clip) - r) ** 2)
+        for v, o, r in zip(value, old_value, returns)
+    ]
     expected = -np.mean(gains) + .5 * .5 * np.mean(errors) - .01 * np.mean(entropy)
     assert loss.item() == pytest.approx(expected, abs=1e-9)
 
@@ -61,7 +68,8 @@ def test_ratio_of_a_fresh_policy_is_one(tiny):
     episodes = [Episode.start(task, task.sample(rng, 'train')) for _ in range(12)]
     b = collect(model, value_head(128), tok, task, episodes, c, lambda i: task.sample(rng, 'train'), 0)
     pick = np.random.default_rng(0).permutation(len(b['contexts']))[:7]
-    with torch.no_grad(): logp, _, _ = score(model, None, [b['contexts'][i] for i in pick], [b['answers'][i] for i in pick])
+    with torch.no_grad():
+        logp, _, _ = score(model, None, [b['contexts'][i] for i in pick], [b['answers'][i] for i in pick])
     np.testing.assert_allclose((logp - b['logp'][pick]).exp().numpy(), 1., atol=1e-5)
 
 
@@ -71,7 +79,9 @@ def test_sampled_tokens_follow_the_scored_probabilities(tiny):
     context = encode(tok, ['solve 5 11 3 1 :'])
     first = np.array([a[0] for a in generate(model, tok, [context] * 4000, 1, temperature=.7, seed=1)])
     with torch.no_grad():
-        probability = np.exp(score(model, None, [context] * len(tok), [[t] for t in range(len(tok))], temperature=.7)[0].numpy())
+        probability = np.exp(
+            score(model, None, [context] * len(tok), [[t] for t in range(len(tok))], temperature=0.7)[0].numpy()
+        )
     assert probability.sum() == pytest.approx(1, abs=1e-4)
     error = np.sqrt(probability * (1 - probability) / len(first))
     assert (abs(np.bincount(first, minlength=len(tok)) / len(first) - probability) <= 5 * error + 1e-3).all()
@@ -94,7 +104,8 @@ def test_value_head_fits_known_returns(tiny):
 
 
 def test_episodes_carry_on_and_finish(tiny):
-    "Two tries per episode: after two turns every environment has finished its first episode, and drawn a training hand."
+    """Two tries per episode: after two turns every environment has finished its first episode, and drawn a training
+    hand."""
     model, tok = tiny
     task = GeneralPoints('brief', tries=2)
     rng, c = seeded(1), dict(turns=3, temperature=1., micro_batch=8, max_new_tokens=8)
@@ -102,11 +113,14 @@ def test_episodes_carry_on_and_finish(tiny):
     before = [e.problem.key for e in episodes]
     b = collect(model, value_head(128), tok, task, episodes, c, lambda i: task.sample(rng, 'train'), 0)
     assert b['attempt'] == [0] * 5 + [1] * 5 + [0] * 5 and len(add_advantages(b, .9, .95)['advantage']) == 15
-    assert [e.problem.key for e in episodes] != before and all(len(e.verdicts) == 1 and e.problem.split == 'train' for e in episodes)
+    assert [e.problem.key for e in episodes] != before and all(
+        len(e.verdicts) == 1 and e.problem.split == 'train' for e in episodes
+    )
 
 
 def test_only_open_episodes_are_bootstrapped(tiny):
-    "After a first turn every environment is between two tries, so its next prompt has a value; after the second none is."
+    """After a first turn every environment is between two tries, so its next prompt has a value; after the second none
+    is."""
     model, tok = tiny
     task, rng = GeneralPoints('brief', tries=2), seeded(2)
     head = value_head(128)
@@ -115,13 +129,15 @@ def test_only_open_episodes_are_bootstrapped(tiny):
     c = dict(turns=1, temperature=1., micro_batch=8, max_new_tokens=4)
     for open_ in (True, False):
         b = collect(model, head, tok, task, episodes, c, lambda i: task.sample(rng, 'train'), 0)
-        np.testing.assert_allclose(b['last'].numpy(), 3. if open_ else 0.); np.testing.assert_allclose(b['done'].numpy(), float(not open_))
+        np.testing.assert_allclose(b['last'].numpy(), 3.0 if open_ else 0.0)
+        np.testing.assert_allclose(b['done'].numpy(), float(not open_))
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 5), st.integers(2, 5), st.floats(0, .95), st.integers(0, 10**6))
 def test_the_constant_value_leaves_no_error_on_average(T, N, gamma, seed):
-    "With it, temporal differences are 0 in the mean, whatever the episodes: turns are not told apart by how many are left."
+    """With it, temporal differences are 0 in the mean, whatever the episodes: turns are not told apart by how many are
+    left."""
     rng = np.random.default_rng(seed)
     b = dict(reward=torch.tensor(rng.normal(size=T * N)), done=torch.tensor((rng.random(T * N) < .5).astype(float)))
     V = constant_value(b, gamma)

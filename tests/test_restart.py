@@ -5,17 +5,33 @@ from rlheals.models import load_model, save_model
 from rlheals.profiles import Run
 
 CHANGES = ('rl.updates=12', 'rl.envs=16', 'rl.turns=2')
-CODE = f"from pathlib import Path; from rlheals.ppo import rl_stage; from rlheals.profiles import Run; rl_stage(Run('smoke', {CHANGES!r}, root=Path('runs'), task_name=%r), 4)"
+CODE = (
+    "from pathlib import Path; from rlheals.ppo import rl_stage; from rlheals.profiles import Run; "
+    f"rl_stage(Run('smoke', {CHANGES!r}, root=Path('runs'), task_name=%r), 4)"
+)
 
 
 def start(home, task):
     "An RL job in a process of its own, from a copy of the base model."
     run = Run('smoke', CHANGES, root=home/'runs', task_name=task)
     if not run.checkpoint('sft', 4).exists(): save_model(*load_model('tiny', device='cpu'), run.checkpoint('sft', 4))
-    return run, lambda: subprocess.Popen([sys.executable, '-c', CODE % task], cwd=home, env=os.environ | dict(HF_HUB_OFFLINE='1'), stderr=subprocess.DEVNULL)
+    return run, lambda: subprocess.Popen(
+        [sys.executable, '-c', CODE % task],
+        cwd=home,
+        env=os.environ | dict(HF_HUB_OFFLINE='1'),
+        stderr=subprocess.DEVNULL,
+    )
 
 
-def results(run): return {n: p.read_bytes() for n, p in dict(weights=run.checkpoint('rl', 4)/'model.safetensors', log=run.table('rl-000004'), actions=run.table('advantages-000004')).items()}
+def results(run):
+    return {
+        n: p.read_bytes()
+        for n, p in dict(
+            weights=run.checkpoint('rl', 4) / 'model.safetensors',
+            log=run.table('rl-000004'),
+            actions=run.table('advantages-000004'),
+        ).items()
+    }
 
 
 @pytest.mark.parametrize('task', ['general_points', 'navigation'])
@@ -27,7 +43,8 @@ def test_killed_five_times(tmp_path, task):
     state, rng = killed.path('partial', 'rl-000004.pt'), random.Random(0)
     for _ in range(5):
         seen, process = state.stat().st_mtime_ns if state.exists() else 0, again()
-        while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns == seen): time.sleep(.01)  # at least one more update
+        # at least one more update
+        while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns == seen): time.sleep(.01)
         time.sleep(rng.random() * .25)  # and then anywhere: in a rollout, a backward pass, a write
         assert process.poll() is None, 'it ended before it could be killed'
         process.send_signal(signal.SIGKILL); process.wait()

@@ -34,8 +34,13 @@ def test_reading_order(built):
     "The menu goes as the chapters do; each page leads to the next."
     pages = [p.to.replace('.md', '.html') for p in built[1].pages]
     for here, there in zip(pages[1:], pages[2:]):  # the next of the last chapter is the first of the chain
-        following = re.search(r'<a href="([^"]+)" class="md-footer__link md-footer__link--next"', (built[0]/here).read_text())
-        if here == max(p for p in pages if p.startswith('paper/')) or not (here[0].isdigit() or here.startswith('paper/')): continue
+        following = re.search(
+            r'<a href="([^"]+)" class="md-footer__link md-footer__link--next"', (built[0] / here).read_text()
+        )
+        if here == max(p for p in pages if p.startswith('paper/')) or not (
+            here[0].isdigit() or here.startswith('paper/')
+        ):
+            continue
         assert ((built[0]/here).parent/following[1]).resolve() == (built[0]/there).resolve(), here
 
 
@@ -62,7 +67,9 @@ def test_every_public_name_has_an_entry_with_an_example(built, module):
     page = (built[0]/'api'/f'{module}.html').read_text()
     parts = dict(re.findall(r'<h2 id="([^"]+)">(.*?)(?=<h2 |</article>)', page, re.S))
     assert [n for n in names if n not in parts] == []
-    assert [n for n in names if not re.search(r'<p class="example">.*?<div class="[^"]*highlight', parts[n], re.S)] == []
+    assert [
+        n for n in names if not re.search(r'<p class="example">.*?<div class="[^"]*highlight', parts[n], re.S)
+    ] == []
     for n in names: assert f'{n}</span>' in parts[n] or f'>{n}<' in parts[n], n  # signature, or the name in its example
 
 
@@ -77,14 +84,31 @@ def test_an_entry_without_example_is_noticed(tmp_path):
 def test_a_broken_link_is_reported(built, tmp_path):
     folder = shutil.copytree(built[0], tmp_path/'site')
     page = folder/'09_sft.html'
-    page.write_text(page.read_text().replace('</article>', '<a href="nowhere.html">x</a><a href="index.html#nowhere">y</a><img src="nowhere.png"></article>'))
-    assert broken_links(folder) == [('09_sft.html', link, why) for link, why in (('nowhere.html', 'no such file'), ('index.html#nowhere', 'no such anchor'), ('nowhere.png', 'no such file'))]
+    page.write_text(
+        page.read_text().replace(
+            '</article>',
+            '<a href="nowhere.html">x</a><a href="index.html#nowhere">y</a><img src="nowhere.png"></article>',
+        )
+    )
+    assert broken_links(folder) == [
+        ('09_sft.html', link, why)
+        for link, why in (
+            ('nowhere.html', 'no such file'),
+            ('index.html#nowhere', 'no such anchor'),
+            ('nowhere.png', 'no such file'),
+        )
+    ]
 
 
 def repository(folder, text):
     "A repository with an index that says `text`."
     for d in ('nbs', 'figures', 'tests'): (folder/d).mkdir(parents=True)
-    nb = dict(cells=[dict(cell_type='markdown', id='one', metadata={}, source=f'# Home\n\n{text}')], metadata={}, nbformat=4, nbformat_minor=5)
+    nb = dict(
+        cells=[dict(cell_type='markdown', id='one', metadata={}, source=f'# Home\n\n{text}')],
+        metadata={},
+        nbformat=4,
+        nbformat_minor=5,
+    )
     (folder/'nbs'/'index.ipynb').write_text(json.dumps(nb))
     (folder/'nbs'/'00_one.ipynb').write_text(json.dumps(nb))
     (folder/'nbs'/'paper').mkdir()
@@ -92,15 +116,27 @@ def repository(folder, text):
     return folder
 
 
-@pytest.mark.parametrize('text, says', [('[gone](gone.ipynb)', 'gone.ipynb'), ('[gone](00_one.ipynb#gone)', 'gone'), ('![gone](../figures/F99.png)', 'F99.png')])
+@pytest.mark.parametrize(
+    'text, says',
+    [
+        ('[gone](gone.ipynb)', 'gone.ipynb'),
+        ('[gone](00_one.ipynb#gone)', 'gone'),
+        ('![gone](../figures/F99.png)', 'F99.png'),
+    ],
+)
 def test_a_notebook_with_a_broken_link_is_refused(tmp_path, text, says):
-    with pytest.raises(site.SiteError, match=says): build_site(tmp_path/'site', tmp_path/'build', repository(tmp_path/'here', text))
+    with pytest.raises(site.SiteError, match=says):
+        build_site(tmp_path / 'site', tmp_path / 'build', repository(tmp_path / 'here', text))
 
 
 def test_the_command(monkeypatch, tmp_path):
     from typer.testing import CliRunner
     from rlheals.cli import app
-    docs = lambda result: (monkeypatch.setattr(site, 'build_site', lambda out: result), CliRunner().invoke(app, ['docs', '--out', str(tmp_path)]))[1]
+
+    docs = lambda result: (
+        monkeypatch.setattr(site, 'build_site', lambda out: result),
+        CliRunner().invoke(app, ['docs', '--out', str(tmp_path)]),
+    )[1]
     made = site.Site(read_pages()[:3], {}, {})
     good, bad = docs((tmp_path, made, [])), docs((tmp_path, made, [('a.html', 'b.html', 'no such file')]))
     assert good.exit_code == 0 and 'index.html' in good.output
@@ -111,4 +147,5 @@ def test_missing_packages_are_named(monkeypatch, tmp_path):
     import importlib.util
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'material' else real(name))
-    with pytest.raises(site.SiteError, match=r"material.*pip install -e '\.\[docs\]'"): build_site(tmp_path/'site', tmp_path/'build')
+    with pytest.raises(site.SiteError, match=r"material.*pip install -e '\.\[docs\]'"):
+        build_site(tmp_path / 'site', tmp_path / 'build')

@@ -3,7 +3,8 @@ import importlib.util
 from pathlib import Path
 import numpy as np, pytest, scipy.linalg, torch
 from hypothesis import given, settings, strategies as st
-from rlheals.spectra import gap, group_angles, groups, orthonormal, principal_angles, rotation_split, subspace_distance, svd
+from rlheals.spectra import (gap, group_angles, groups, orthonormal, principal_angles, rotation_split,
+                             subspace_distance, svd)
 from rlheals.surgery import EDITS, TAKES, edit_matrix, join, splice, splices
 
 RAD = 1e-6  # how closely angles agree with SciPy
@@ -59,7 +60,9 @@ def test_angles_of_rank_deficient_subspaces(seed, m, p, q):
     "Ten vectors each that span few dimensions: SciPy's own reading of them."
     A, B = (normal(seed + i, m, r) @ normal(seed + i + 2, r, 10) for i, r in enumerate((p, q)))
     assert (orthonormal(A).shape[1], orthonormal(B).shape[1]) == (p, q)
-    np.testing.assert_allclose(principal_angles(orthonormal(A), orthonormal(B)).deg2rad().numpy(), scipys(A, B), atol=RAD)
+    np.testing.assert_allclose(
+        principal_angles(orthonormal(A), orthonormal(B)).deg2rad().numpy(), scipys(A, B), atol=RAD
+    )
 
 
 @settings(deadline=None, max_examples=40)
@@ -75,7 +78,10 @@ def test_distance_is_that_of_projections(seed, m, k):
 def test_degenerate_values_are_subspaces(seed, m, n, data):
     "Any basis of a group of equal values is as good: the groups' angles are zero, whatever single vectors say."
     r = min(m, n)
-    S = torch.tensor(sorted(data.draw(st.lists(st.sampled_from([1., 2., 3.]), min_size=r, max_size=r)), reverse=True), dtype=torch.float64)
+    S = torch.tensor(
+        sorted(data.draw(st.lists(st.sampled_from([1.0, 2.0, 3.0]), min_size=r, max_size=r)), reverse=True),
+        dtype=torch.float64,
+    )
     U, V, turn = frame(seed, m, r), frame(seed + 1, n, r), torch.zeros(r, r, dtype=torch.float64)
     for i, j in groups(S): turn[i:j, i:j] = frame(seed + 2 + i, j - i, j - i)
     a, b = (U, S, V.T), (U @ turn, S, (V @ turn).T)
@@ -93,12 +99,15 @@ def test_surgery_has_known_ends(seed, shape, far, dtype):
     T = normal(seed, *shape)
     D = T + far * normal(seed + 1, *shape)
     donor, target, r = svd(D, dtype), svd(T, dtype), min(shape)
-    close = lambda got, want: torch.testing.assert_close(got.double(), want, atol=1e-5 if dtype == 'float32' else 1e-12, rtol=0)
+    close = lambda got, want: torch.testing.assert_close(
+        got.double(), want, atol=1e-5 if dtype == 'float32' else 1e-12, rtol=0
+    )
     close(splice(donor, target, r, take='both'), D)
     for take in TAKES: close(splice(donor, target, 0, take=take), T)
     for edit in EDITS: close(edit_matrix(donor, target, edit, 0), T)
     for edit in ('both', 'interpolation', 'parameters'): close(edit_matrix(donor, target, edit, r), D)
-    for W, k in zip(splices(donor, target, list(range(r + 1)), 'both'), range(r + 1)): close(W, splice(donor, target, k, take='both').double())
+    for W, k in zip(splices(donor, target, list(range(r + 1)), 'both'), range(r + 1)):
+        close(W, splice(donor, target, k, take='both').double())
 
 
 @settings(deadline=None, max_examples=40)
@@ -128,7 +137,8 @@ def test_gguf_is_read_as_transformers_does(tmp_path):
     state = model.state_dict()
     assert set(found) == {n for n, p in model.named_parameters() if p.ndim == 2}
     assert found['model.layers.0.self_attn.k_proj.weight'].shape == (192, 576)  # three key heads for nine query heads
-    for name in [n for n in found if '.layers.0.' in n or '.layers.29.' in n]: assert torch.equal(read(found[name]), state[name])
+    for name in [n for n in found if '.layers.0.' in n or '.layers.29.' in n]:
+        assert torch.equal(read(found[name]), state[name])
     save_model(model, tok, tmp_path/'saved')  # an ordinary checkpoint
     again = matrices(tmp_path/'saved', None)
     assert {n: m.shape for n, m in again.items()} == {n: m.shape for n, m in found.items()}

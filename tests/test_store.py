@@ -8,7 +8,10 @@ from rlheals.profiles import Run
 from rlheals.store import fetch, fetch_checkpoint, put, read_manifest
 from rlheals.weights import matrices, read
 
-pytestmark = pytest.mark.skipif(not (find_spec('moto') and find_spec('s3fs') and find_spec('flask')), reason="needs moto and s3fs: pip install -e '.[test,s3]'")
+pytestmark = pytest.mark.skipif(
+    not (find_spec('moto') and find_spec('s3fs') and find_spec('flask')),
+    reason="needs moto and s3fs: pip install -e '.[test,s3]'",
+)
 
 
 @pytest.fixture(scope='module')
@@ -18,7 +21,15 @@ def bucket():
     server = ThreadedMotoServer(port=0)
     server.start()
     host, port = server.get_host_and_port()
-    before, there = dict(os.environ), dict(AWS_ENDPOINT_URL=f'http://{host}:{port}', AWS_ACCESS_KEY_ID='x', AWS_SECRET_ACCESS_KEY='x', AWS_DEFAULT_REGION='us-east-1')
+    before, there = (
+        dict(os.environ),
+        dict(
+            AWS_ENDPOINT_URL=f'http://{host}:{port}',
+            AWS_ACCESS_KEY_ID='x',
+            AWS_SECRET_ACCESS_KEY='x',
+            AWS_DEFAULT_REGION='us-east-1',
+        ),
+    )
     os.environ.update(there)
     import fsspec
     fsspec.filesystem('s3').mkdir('ours')
@@ -44,8 +55,18 @@ def test_a_checkpoint_in_a_bucket_is_a_checkpoint(bucket, tmp_path, monkeypatch)
 
 
 def test_a_run_goes_on_elsewhere(bucket, home, tmp_path):
-    "What one machine has put into a store another one takes from there, and has nothing left to do; a deleted table is made again, and only that is sent."
-    def rlheals(cwd, *words): return subprocess.run([str(Path(sys.executable).parent/'rlheals'), *words], cwd=cwd, capture_output=True, text=True, env=os.environ | dict(HF_HUB_OFFLINE='1'))
+    """What one machine has put into a store another one takes from there, and has nothing left to do; a deleted table
+    is made again, and only that is sent."""
+
+    def rlheals(cwd, *words):
+        return subprocess.run(
+            [str(Path(sys.executable).parent / 'rlheals'), *words],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            env=os.environ | dict(HF_HUB_OFFLINE='1'),
+        )
+
     ask = ['reproduce', '--profile', 'smoke', '--store', f'{bucket}/smoke']
     done = rlheals(home, *ask)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -53,10 +74,14 @@ def test_a_run_goes_on_elsewhere(bucket, home, tmp_path):
     done = rlheals(tmp_path, *ask)
     assert done.returncode == 0 and 'nothing to do' in done.stdout, done.stdout + done.stderr
     here, there = (Run('smoke', root=d/'runs') for d in (tmp_path, home))
-    assert here.table('losses').read_bytes() == there.table('losses').read_bytes() and load_model(here.checkpoint('rl', 4), 'cpu')
+    assert here.table('losses').read_bytes() == there.table('losses').read_bytes() and load_model(
+        here.checkpoint('rl', 4), 'cpu'
+    )
     here.table('drift').unlink()
     shutil.rmtree(here.checkpoint('sft', 1))  # it comes from the store
     done = rlheals(tmp_path, *ask)
     assert done.returncode == 0 and 'nothing to do' in done.stdout, done.stdout + done.stderr  # both did
-    assert {n: s for n, s in read_manifest(f'{bucket}/smoke').items() if 'notebooks' not in n} == {n: s for n, s in held.items() if 'notebooks' not in n}
+    assert {n: s for n, s in read_manifest(f'{bucket}/smoke').items() if 'notebooks' not in n} == {
+        n: s for n, s in held.items() if 'notebooks' not in n
+    }
     assert fetch(tmp_path/'runs'/'smoke', f'{bucket}/smoke') == []

@@ -1,4 +1,5 @@
-"""How fast the explorer answers: python tests/bench/explorer.py prints the median time per kind of change, from the published tables, and what keeping the axes as pixels is worth."""
+"""How fast the explorer answers: python tests/bench/explorer.py prints the median time per kind of change, from the
+published tables, and what keeping the axes as pixels is worth."""
 import io, itertools, statistics, time
 from pathlib import Path
 from measure import seconds
@@ -20,7 +21,13 @@ for name, widget in app.controls.items():
         start, cpu = time.perf_counter(), time.process_time(); widget.value = value
         taken.append((time.perf_counter() - start, time.process_time() - cpu))
     wall, own = (statistics.median(t) for t in zip(*taken))
-    print(f'{name:11} {1000 * wall:5.0f} ms per change ({1000 * own:.0f} ms of this process), {wall / LIMIT:4.0%} of the limit')
+    print(
+        f'{name:11} {1000 * wall:5.0f} ms per change ({1000 * own:.0f} ms of this process), {wall / LIMIT:4.0%} of the '
+        'limit'
+    )
 
 p = next(iter(app.panels.values()))
-print(f'a picture: {seconds(lambda: p.figure.savefig(io.BytesIO()), 5) / seconds(p.png, 5):.1f} times as fast as drawing all of it')
+print(
+    f'a picture: {seconds(lambda: p.figure.savefig(io.BytesIO()), 5) / seconds(p.png, 5):.1f} times as fast as drawing '
+    'all of it'
+)

@@ -1,4 +1,5 @@
-"""What makes RL fast here, beside the usual ways: python tests/bench/rl.py [threads] prints ratios measured in one run, and where the time of a PPO update goes."""
+"""What makes RL fast here, beside the usual ways: python tests/bench/rl.py [threads] prints ratios measured in one run,
+and where the time of a PPO update goes."""
 import cProfile, os, pstats, statistics, sys, time, warnings
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 warnings.filterwarnings('ignore')
@@ -36,7 +37,10 @@ for _ in range(5):  # by turns, so that whatever else the machine does slows bot
     single.append(seconds(lambda: one_at_a_time(problems[:16]), 1) / 16)
     together.append(seconds(lambda: play(model, tok, task, problems, 40, 1.), 2) / len(problems))
 single, together = statistics.median(single), statistics.median(together)
-print(f'{threads} threads; rollouts: {1 / together:.0f} episodes per second, {single / together:.1f} times as many as one response at a time with generate ({1 / single:.1f})')
+print(
+    f'{threads} threads; rollouts: {1 / together:.0f} episodes per second, {single / together:.1f} times as many as '
+    f'one response at a time with generate ({1 / single:.1f})'
+)
 
 c = load_profile('tiny')
 ppo = c['rl'] | dict(updates=4, turns=1, envs=256, log_kl=False)
@@ -51,13 +55,19 @@ def updates(train, task, settings):
     return [b - a for a, b in zip(ticks, ticks[1:])][:-1]  # the last of TRL's takes its leave as well
 
 
-for style, what in (('brief', "the tiny model's prompts"), ('paper', 'prompts of the length of the paper\'s (of whose words the tiny model knows few)')):
+for style, what in (
+    ('brief', "the tiny model's prompts"),
+    ('paper', 'prompts of the length of the paper\'s (of whose words the tiny model knows few)'),
+):
     task, ours, theirs = load_task('general_points', style=style, tries=1), [], []
     for _ in range(3):
         ours += updates(train_ppo, task, ppo)
         theirs += updates(train_grpo, task, grpo)
     ours, theirs = statistics.median(ours), statistics.median(theirs)
-    print(f"an update of {grpo['responses']} responses, {ppo['epochs']} epochs, {what}: PPO here {ours:.2f} s, TRL's GRPOTrainer {theirs:.2f} s, {theirs / ours:.1f} times as long")
+    print(
+        f"an update of {grpo['responses']} responses, {ppo['epochs']} epochs, {what}: PPO here {ours:.2f} s, TRL's "
+        f"GRPOTrainer {theirs:.2f} s, {theirs / ours:.1f} times as long"
+    )
 
 task = load_task('general_points', style='brief', tries=1)
 profile = cProfile.Profile()
@@ -65,7 +75,10 @@ learner = fresh()[0]
 profile.runcall(train_ppo, learner, tok, task, ppo, 40)
 stats = pstats.Stats(profile).stats
 spent = lambda *names: sum(cumulative for (file, _, name), (_, _, _, cumulative, _) in stats.items() if name in names)
-total, backward = spent('train_ppo'), spent('run_backward') or spent("<method 'run_backward' of 'torch._C._EngineBase' objects>")
+total, backward = (
+    spent('train_ppo'),
+    spent('run_backward') or spent("<method 'run_backward' of 'torch._C._EngineBase' objects>"),
+)
 parts = dict(generation=spent('_generate'), forward=spent('_score'), backward=backward, optimiser=spent('step') / 2)
 parts['the rest (Python)'] = max(0., total - sum(parts.values()))
 print('of PPO, with setting up: ' + ', '.join(f'{k} {100 * v / total:.0f} %' for k, v in parts.items()))

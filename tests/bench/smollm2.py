@@ -1,4 +1,5 @@
-"""What the README's shortened run of `smollm2` took, stage by stage, beside what was planned; and what the model answered before and after SFT.
+"""What the README's shortened run of `smollm2` took, stage by stage, beside what was planned; and what the model
+answered before and after SFT.
 
     rlheals reproduce --profile smollm2 --set ...        (as in the README)
     python tests/bench/smollm2.py [--runs DIRECTORY] [--write]    (--write: figures/smollm2-short)
@@ -15,7 +16,9 @@ TO = ROOT/'figures'/'smollm2-short'
 
 def shortened(root):
     "The run of the README's command."
-    said = re.search(r'^rlheals reproduce --profile smollm2 (--set (?:.*\\\n)*.*)$', (ROOT/'README.md').read_text(), re.M)[1]
+    said = re.search(
+        r'^rlheals reproduce --profile smollm2 (--set (?:.*\\\n)*.*)$', (ROOT / 'README.md').read_text(), re.M
+    )[1]
     return Run('smollm2', tuple(w for w in shlex.split(said.replace('\\\n', ' ')) if w != '--set'), root=Path(root))
 
 
@@ -23,8 +26,25 @@ def stages(run):
     "Minutes of each stage: of its notebooks from beginning to end, and as the plan for this machine has it."
     device, _ = this_device()
     took = lambda f: json.loads(f.read_text())['metadata']['papermill']['duration'] / 60
-    of = {s: [f for f in sorted(run.path('notebooks').glob('*.ipynb')) if f.stem.split('-')[0] == dict(evaluate='eval').get(s, s)] for s in STAGES}
-    return pd.DataFrame([dict(stage=s, notebooks=len(of[s]), minutes=round(sum(map(took, of[s])), 1), planned=round(seconds_of(run, s, device) / 60, 1)) for s in STAGES])
+    of = {
+        s: [
+            f
+            for f in sorted(run.path('notebooks').glob('*.ipynb'))
+            if f.stem.split('-')[0] == dict(evaluate='eval').get(s, s)
+        ]
+        for s in STAGES
+    }
+    return pd.DataFrame(
+        [
+            dict(
+                stage=s,
+                notebooks=len(of[s]),
+                minutes=round(sum(map(took, of[s])), 1),
+                planned=round(seconds_of(run, s, device) / 60, 1),
+            )
+            for s in STAGES
+        ]
+    )
 
 
 def answers(run):
@@ -40,7 +60,8 @@ if __name__ == '__main__':
     parser.add_argument('--write', action='store_true')
     args = parser.parse_args()
     run = shortened(args.runs)
-    if not (run.dir/'figures'/'F1.json').exists(): raise SystemExit(f'{run.dir} has no finished run: make it first, with the command of the README')
+    if not (run.dir / 'figures' / 'F1.json').exists():
+        raise SystemExit(f'{run.dir} has no finished run: make it first, with the command of the README')
     table = stages(run)
     print(table.to_string(index=False), answers(run), sep='\n\n')
     if args.write:

@@ -1,15 +1,21 @@
 """A sweep of surgery against the obvious way, and what a decomposition costs in time and memory.
 
-The obvious way, which is the reference implementation's: at every point of a sweep, for every matrix that the point edits,
-two full decompositions, and the spliced matrix from them. Ours: each matrix decomposed once per checkpoint and kept on disk,
-and the ranks of a sweep one from the other. Both make every edited matrix of the sweep; they are compared at the last rank.
+The obvious way, which is the reference implementation's: at every point of a sweep, for every matrix that the point
+edits,
+two full decompositions, and the spliced matrix from them. Ours: each matrix decomposed once per checkpoint and kept on
+disk,
+and the ranks of a sweep one from the other. Both make every edited matrix of the sweep; they are compared at the last
+rank.
 
-The points: 12 ranks on all matrices, and 8 blocks of layers with all their directions. (A block's matrices are then those of
+The points: 12 ranks on all matrices, and 8 blocks of layers with all their directions. (A block's matrices are then
+those of
 the last rank: ours makes them once, the obvious way makes them again, as a program that goes from point to point does.)
 
-Random weights of SmolLM2-135M's shapes: an SVD does not care whose numbers it gets. A third of the layers, spread over the
+Random weights of SmolLM2-135M's shapes: an SVD does not care whose numbers it gets. A third of the layers, spread over
+the
 8 blocks, unless `--layers 30`; every layer is like any other, so the ratio is that of the whole. One thread; times are
-processor seconds, system included, so that others on the machine do not decide; the sweeps' wall time is printed beside.
+processor seconds, system included, so that others on the machine do not decide; the sweeps' wall time is printed
+beside.
 
     python tests/bench/spectra.py [--layers 30] [--no-embeddings]
 """
@@ -17,8 +23,15 @@ import argparse, json, resource, subprocess, sys, tempfile, time
 from pathlib import Path
 
 LAYERS, HIDDEN, MLP, KV, VOCAB = 30, 576, 1536, 192, 49152
-SHAPES = {'self_attn.q_proj': (HIDDEN, HIDDEN), 'self_attn.k_proj': (KV, HIDDEN), 'self_attn.v_proj': (KV, HIDDEN), 'self_attn.o_proj': (HIDDEN, HIDDEN),
-          'mlp.gate_proj': (MLP, HIDDEN), 'mlp.up_proj': (MLP, HIDDEN), 'mlp.down_proj': (HIDDEN, MLP)}
+SHAPES = {
+    'self_attn.q_proj': (HIDDEN, HIDDEN),
+    'self_attn.k_proj': (KV, HIDDEN),
+    'self_attn.v_proj': (KV, HIDDEN),
+    'self_attn.o_proj': (HIDDEN, HIDDEN),
+    'mlp.gate_proj': (MLP, HIDDEN),
+    'mlp.up_proj': (MLP, HIDDEN),
+    'mlp.down_proj': (HIDDEN, MLP),
+}
 RANKS = [(i + 1) / 12 for i in range(12)]
 BLOCKS = 8
 
@@ -28,11 +41,16 @@ def write(home, layers, embeddings):
     import torch
     from safetensors.torch import save_file
     g = torch.Generator().manual_seed(0)
-    names = {f'model.layers.{i}.{k}.weight': s for i in layers for k, s in SHAPES.items()} | ({'model.embed_tokens.weight': (VOCAB, HIDDEN)} if embeddings else {})
+    names = {f'model.layers.{i}.{k}.weight': s for i in layers for k, s in SHAPES.items()} | (
+        {'model.embed_tokens.weight': (VOCAB, HIDDEN)} if embeddings else {}
+    )
     base = {n: torch.randn(s, generator=g) * .03 for n, s in names.items()}
     for label, change in (('target', 0), ('donor', .003)):
         (home/label).mkdir()
-        save_file({n: W + change * torch.randn(W.shape, generator=g) for n, W in base.items()}, home/label/'model.safetensors')
+        save_file(
+            {n: W + change * torch.randn(W.shape, generator=g) for n, W in base.items()},
+            home / label / 'model.safetensors',
+        )
     return 4 * max(m * n for m, n in names.values())
 
 
@@ -51,7 +69,14 @@ def ours(home):
         decomposing += time.process_time() - at
         for W in splices(D, T, [rank_of_share(s, len(T[1])) for s in RANKS], W=read(target[name]).clone()): points += 1
         check[name] = W.norm().item()  # the last rank: also the matrix of its block of layers
-    return dict(seconds=time.process_time() - start, wall=time.perf_counter() - wall, decomposing=decomposing, points=points, check=check, peak=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return dict(
+        seconds=time.process_time() - start,
+        wall=time.perf_counter() - wall,
+        decomposing=decomposing,
+        points=points,
+        check=check,
+        peak=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    )
 
 
 def obvious(home):
@@ -71,11 +96,14 @@ def obvious(home):
             at = time.process_time()
             (Ud, _, Vd), (Ut, St, Vt) = (torch.linalg.svd(W, full_matrices=False) for W in both)
             calls += 2
-            if b is None: once += (time.process_time() - at) / len(RANKS)  # each matrix of both checkpoints once: mean over the ranks
+            # each matrix of both checkpoints once: mean over the ranks
+            if b is None: once += (time.process_time() - at) / len(RANKS)
             k = round(share * len(St))
             W = (torch.cat([Ud[:, :k], Ut[:, k:]], 1) * St) @ torch.cat([Vd[:k], Vt[k:]])
             if share == 1: check[n] = W.norm().item()
-    return dict(seconds=time.process_time() - start, wall=time.perf_counter() - wall, once=once, calls=calls, check=check)
+    return dict(
+        seconds=time.process_time() - start, wall=time.perf_counter() - wall, once=once, calls=calls, check=check
+    )
 
 
 if __name__ == '__main__':
@@ -89,14 +117,34 @@ if __name__ == '__main__':
     with tempfile.TemporaryDirectory() as d:
         home = Path(d)
         largest = write(home, layers, a.embeddings)
-        print(f'{len(layers)} of {LAYERS} layers{" and the embeddings" if a.embeddings else ""}; {len(RANKS)} ranks, {BLOCKS} blocks of layers', flush=True)
-        mine = json.loads(subprocess.run([sys.executable, __file__, '--ours', d], check=True, capture_output=True, text=True).stdout)
-        again = json.loads(subprocess.run([sys.executable, __file__, '--ours', d], check=True, capture_output=True, text=True).stdout)
+        print(
+            f'{len(layers)} of {LAYERS} layers{" and the embeddings" if a.embeddings else ""}; {len(RANKS)} ranks, '
+            f'{BLOCKS} blocks of layers',
+            flush=True,
+        )
+        mine = json.loads(
+            subprocess.run([sys.executable, __file__, '--ours', d], check=True, capture_output=True, text=True).stdout
+        )
+        again = json.loads(
+            subprocess.run([sys.executable, __file__, '--ours', d], check=True, capture_output=True, text=True).stdout
+        )
         theirs = obvious(home)
     apart = max(abs(mine['check'][n] / w - 1) for n, w in theirs['check'].items())
     assert mine['check'].keys() == theirs['check'].keys() and apart < 1e-4, 'the two sweeps made different matrices'
     print(f"obvious sweep    {theirs['seconds']:8.1f} s  ({theirs['calls']} decompositions; wall {theirs['wall']:.1f})")
-    print(f"our sweep        {mine['seconds']:8.1f} s  ({2 * len(mine['check'])} decompositions; wall {mine['wall']:.1f}): {theirs['seconds'] / mine['seconds']:.1f} times as fast (at least 10)")
-    print(f"  repeated       {again['seconds']:8.1f} s  (decompositions from the cache): {theirs['seconds'] / again['seconds']:.1f} times as fast")
-    print(f"decomposing once {mine['decomposing']:8.1f} s  (with reading, hashing and keeping on disk), torch.linalg.svd alone {theirs['once']:.1f} s: {mine['decomposing'] / theirs['once']:.2f} times (at most 1.3)")
-    print(f"peak memory      {mine['peak'] / 1e6:8.0f} MB (at most {(8 * largest + 500e6) / 1e6:.0f}: the largest matrix, {largest / 1e6:.1f} MB, times 8, and 500 MB)")
+    print(
+        f"our sweep        {mine['seconds']:8.1f} s  ({2 * len(mine['check'])} decompositions; wall "
+        f"{mine['wall']:.1f}): {theirs['seconds'] / mine['seconds']:.1f} times as fast (at least 10)"
+    )
+    print(
+        f"  repeated       {again['seconds']:8.1f} s  (decompositions from the cache): "
+        f"{theirs['seconds'] / again['seconds']:.1f} times as fast"
+    )
+    print(
+        f"decomposing once {mine['decomposing']:8.1f} s  (with reading, hashing and keeping on disk), torch.linalg.svd "
+        f"alone {theirs['once']:.1f} s: {mine['decomposing'] / theirs['once']:.2f} times (at most 1.3)"
+    )
+    print(
+        f"peak memory      {mine['peak'] / 1e6:8.0f} MB (at most {(8 * largest + 500e6) / 1e6:.0f}: the largest "
+        f"matrix, {largest / 1e6:.1f} MB, times 8, and 500 MB)"
+    )

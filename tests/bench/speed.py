@@ -33,11 +33,17 @@ plain = seconds(step)
 torch.set_float32_matmul_precision('medium')
 print(f'training step: matrix precision "medium" {plain / fast:.2f} times as fast as "highest"')
 sdpa = type(model).from_pretrained(model.name_or_path, attn_implementation='sdpa')
-print(f'training step: plain attention {seconds(lambda: training_step(sdpa, contexts, answers)) / fast:.2f} times as fast as fused attention')
+print(
+    f'training step: plain attention {seconds(lambda: training_step(sdpa, contexts, answers)) / fast:.2f} times as '
+    'fast as fused attention'
+)
 
 settings = load_profile('tiny', ['sft.max_steps=10'])['sft']
 data = expert_dataset(task, 'train', 640)
 sft = lambda: train_sft(load_model('tiny', device='cpu')[0], tok, data, {}, settings)
 lean = seconds(sft, 1)
 torch.utils.deterministic.fill_uninitialized_memory = True
-print(f"ten steps of TRL's SFTTrainer: not filling uninitialised memory {seconds(sft, 1) / lean:.2f} times as fast as filling it")
+print(
+    f"ten steps of TRL's SFTTrainer: not filling uninitialised memory {seconds(sft, 1) / lean:.2f} times as fast as "
+    "filling it"
+)

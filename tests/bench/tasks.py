@@ -1,4 +1,5 @@
-"""What drawing and checking problems costs, beside the obvious way to do it: python tests/bench/tasks.py prints both and their ratios, measured in one run."""
+"""What drawing and checking problems costs, beside the obvious way to do it: python tests/bench/tasks.py prints both
+and their ratios, measured in one run."""
 import json, random, time
 from fractions import Fraction
 from itertools import combinations_with_replacement, permutations, product
@@ -24,8 +25,13 @@ def obvious_solve(values):
     for a, b, c, d in set(permutations(map(Fraction, values))):
         for p, q, r in product(OPS, repeat=3):
             P, Q, R = OPS[p], OPS[q], OPS[r]
-            for shape, f in (('(({}{}{}){}{}){}{}', lambda: R(Q(P(a, b), c), d)), ('({}{}({}{}{})){}{}', lambda: R(P(a, Q(b, c)), d)), ('({}{}{}){}({}{}{})', lambda: Q(P(a, b), R(c, d))),
-                             ('{}{}(({}{}{}){}{})', lambda: P(a, R(Q(b, c), d))), ('{}{}({}{}({}{}{}))', lambda: P(a, Q(b, R(c, d))))):
+            for shape, f in (
+                ('(({}{}{}){}{}){}{}', lambda: R(Q(P(a, b), c), d)),
+                ('({}{}({}{}{})){}{}', lambda: R(P(a, Q(b, c)), d)),
+                ('({}{}{}){}({}{}{})', lambda: Q(P(a, b), R(c, d))),
+                ('{}{}(({}{}{}){}{})', lambda: P(a, R(Q(b, c), d))),
+                ('{}{}({}{}({}{}{}))', lambda: P(a, Q(b, R(c, d)))),
+            ):
                 try:
                     if f() == 24: found.append(shape.format(a, p, b, q, c, r, d))
                 except ZeroDivisionError: pass
@@ -55,7 +61,11 @@ def obvious_example(name, rng):
         navigation.city.cache_clear(); navigation._ways.cache_clear()
         return examples(load_task(name), 'train', 1)
     numpy = np.random.default_rng(rng.getrandbits(32))
-    return obvious_rank_and_determinant(numpy.integers(-4, 5, (4, 4)) @ numpy.integers(-4, 5, (4, 5)) if name == 'rank' else numpy.integers(-4, 5, (2, 2)))
+    return obvious_rank_and_determinant(
+        numpy.integers(-4, 5, (4, 4)) @ numpy.integers(-4, 5, (4, 5))
+        if name == 'rank'
+        else numpy.integers(-4, 5, (2, 2))
+    )
 
 
 def obvious_verify(name, p, answer):
@@ -69,7 +79,10 @@ hands = list(combinations_with_replacement(range(1, 14), 4))
 ours = min(per_call(lambda n: solve_all(hands), 1) for _ in range(3))
 some = random.Random(0).sample(hands, 25)
 theirs = per_call(lambda n: [obvious_solve(h) for h in some], 1) * len(hands) / len(some)
-print(f'all {len(hands)} hands solved: {ours:.3f} s, {theirs / ours:.0f} times as fast as permutations with fractions ({theirs:.1f} s)')
+print(
+    f'all {len(hands)} hands solved: {ours:.3f} s, {theirs / ours:.0f} times as fast as permutations with fractions '
+    f'({theirs:.1f} s)'
+)
 
 for name in TASKS:
     task, rng = load_task(name), random.Random(0)
@@ -80,5 +93,8 @@ for name in TASKS:
     few = 5 if name in ('general_points', 'navigation') else 300
     obvious = per_call(lambda n: [obvious_example(name, rng) for _ in range(n)], few)
     obvious_check = per_call(lambda n: [obvious_verify(name, p, a) for p, a in answers[:n]], few)
-    print(f'{name:15} a training example {1e6 * example:5.1f} us, the obvious way takes {obvious / example:8.1f} times as long;   '
-          f'checking an answer {1e6 * verify:5.1f} us, the obvious way {obvious_check / verify:8.1f} times')
+    print(
+        f'{name:15} a training example {1e6 * example:5.1f} us, the obvious way takes {obvious / example:8.1f} times '
+        'as long;   '
+        f'checking an answer {1e6 * verify:5.1f} us, the obvious way {obvious_check / verify:8.1f} times'
+    )

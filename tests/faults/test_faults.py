@@ -1,10 +1,12 @@
-"""The `smoke` chain is killed, starved of disk and damaged at random moments, and run again: in the end everything is as if nothing had happened, or a clear error named the damaged file and the command that makes it again."""
+"""The `smoke` chain is killed, starved of disk and damaged at random moments, and run again: in the end everything is
+as if nothing had happened, or a clear error named the damaged file and the command that makes it again."""
 import csv, hashlib, json, os, random, shlex, shutil, signal, subprocess, sys, time
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 import psutil
 import pytest
+from conftest import rlheals
 from rlheals import chain, guard
 from rlheals.profiles import Run
 
@@ -14,7 +16,17 @@ STRAY = '.*.[0-9a-f]*-[0-9]*-*'  # half-written files
 
 def results(run):
     "What a run is for, to the byte: tables, checkpoints, and figures with what is behind them."
-    files = [p for p in run.dir.rglob('*') if p.is_file() and not {'partial', 'svd', 'conditions', '.snakemake'} & set(p.relative_to(run.dir).parts) and (p.suffix in ('.parquet', '.safetensors') or p.parent.name == 'figures' and p.suffix in ('.png', '.svg', '.csv'))]
+    files = [
+        p
+        for p in run.dir.rglob('*')
+        if p.is_file()
+        and not {'partial', 'svd', 'conditions', '.snakemake'} & set(p.relative_to(run.dir).parts)
+        and (
+            p.suffix in ('.parquet', '.safetensors')
+            or p.parent.name == 'figures'
+            and p.suffix in ('.png', '.svg', '.csv')
+        )
+    ]
     return {str(p.relative_to(run.dir)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
@@ -25,7 +37,14 @@ class Smoke:
 
     def start(self, words=('reproduce', '--profile', 'smoke', '--jobs', '2')):
         self.log = open(self.home.parent/'said', 'w+')
-        self.process = subprocess.Popen([str(BIN/'rlheals'), *words], cwd=self.home, stdout=self.log, stderr=subprocess.STDOUT, env=os.environ | dict(HF_HUB_OFFLINE='1'), start_new_session=True)
+        self.process = subprocess.Popen(
+            [str(BIN / 'rlheals'), *words],
+            cwd=self.home,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | dict(HF_HUB_OFFLINE='1'),
+            start_new_session=True,
+        )
 
     def end(self):
         "Wait for it: its exit status, and what it said in `said`."
@@ -57,12 +76,17 @@ class Smoke:
 def may_mount(tmp):
     "May this process mount a small disk of its own?"
     tmp.mkdir(parents=True, exist_ok=True)
-    if shutil.which('mount') is None or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=2m', 'tmpfs', str(tmp)], capture_output=True).returncode: return False
+    if (
+        shutil.which('mount') is None
+        or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=2m', 'tmpfs', str(tmp)], capture_output=True).returncode
+    ):
+        return False
     subprocess.run(['umount', str(tmp)], check=True)
     return True
 
 
-# Each fault happens while the chain works (or before it starts) and returns 'survived' or 'refused'; whether it was survived shows when the chain is next complete.
+# Each fault happens while the chain works (or before it starts) and returns 'survived' or 'refused'; whether it was
+# survived shows when the chain is next complete.
 
 def kill(p):
     try: p.kill()
@@ -121,8 +145,22 @@ def fill_disk(s):
 
 
 def read_only(s):
-    there = s.rng.choice([d for d in (s.run.dir, s.run.path('tables'), s.run.path('checkpoints'), s.run.path('notebooks'), s.run.path('logs'), s.run.dir/'figures') if d.is_dir()])
-    for words in (['--bind', there, there], ['-o', 'remount,bind,ro', there]): subprocess.run(['mount', *map(str, words)], check=True)
+    there = s.rng.choice(
+        [
+            d
+            for d in (
+                s.run.dir,
+                s.run.path('tables'),
+                s.run.path('checkpoints'),
+                s.run.path('notebooks'),
+                s.run.path('logs'),
+                s.run.dir / 'figures',
+            )
+            if d.is_dir()
+        ]
+    )
+    for words in (['--bind', there, there], ['-o', 'remount,bind,ro', there]):
+        subprocess.run(['mount', *map(str, words)], check=True)
     try: code = s.end()
     finally: subprocess.run(['umount', '-l', str(there)], check=True)
     if code == 0: return 'survived'
@@ -139,7 +177,11 @@ def clear(said, *patterns):
 def damage(s, how):
     if not (finished := s.finished()): return 'survived'
     whole = s.rng.choice(finished)
-    file = s.rng.choice([f for f in sorted(whole.rglob('*')) if f.is_file() and f.name != 'SHA256SUMS']) if whole.is_dir() else whole
+    file = (
+        s.rng.choice([f for f in sorted(whole.rglob('*')) if f.is_file() and f.name != 'SHA256SUMS'])
+        if whole.is_dir()
+        else whole
+    )
     data = bytearray(file.read_bytes())
     if how == 'flip': data[s.rng.randrange(len(data))] ^= 1 << s.rng.randrange(8)
     else: del data[s.rng.randrange(len(data)):]
@@ -164,13 +206,26 @@ def truncate(s): return damage(s, 'cut')
 
 
 def start_two(s):
-    second = subprocess.run([str(BIN/'rlheals'), 'reproduce', '--profile', 'smoke'], cwd=s.home, capture_output=True, text=True, env=os.environ | dict(HF_HUB_OFFLINE='1'))
-    if s.process.poll() is None: assert second.returncode == 1 and f'in use by process {s.process.pid}' in second.stderr, second.stderr
+    second = rlheals('reproduce', '--profile', 'smoke', cwd=s.home)
+    if s.process.poll() is None:
+        assert second.returncode == 1 and f'in use by process {s.process.pid}' in second.stderr, second.stderr
     s.process.kill(); s.end()
     return 'refused'
 
 
-FAULTS = dict(kill_group=kill_group, flip_a_bit=flip_a_bit, fill_disk=fill_disk, kill_command=kill_command, kill_kernel=kill_kernel, truncate=truncate, terminate=terminate, read_only=read_only, kill_snakemake=kill_snakemake, start_two=start_two, kill_papermill=kill_papermill)
+FAULTS = dict(
+    kill_group=kill_group,
+    flip_a_bit=flip_a_bit,
+    fill_disk=fill_disk,
+    kill_command=kill_command,
+    kill_kernel=kill_kernel,
+    truncate=truncate,
+    terminate=terminate,
+    read_only=read_only,
+    kill_snakemake=kill_snakemake,
+    start_two=start_two,
+    kill_papermill=kill_papermill,
+)
 
 
 def torment(home, n, seed, tmp):
@@ -183,7 +238,8 @@ def torment(home, n, seed, tmp):
     try:
         s = Smoke(place/'home', rng)
         shutil.copytree(home, s.home)
-        for p in [*s.run.dir.rglob('condition-*'), *s.run.dir.rglob('.condition-*'), *s.run.dir.rglob('S2.*')]:  # what was made on request is not made again unasked
+        # what was made on request is not made again unasked
+        for p in [*s.run.dir.rglob('condition-*'), *s.run.dir.rglob('.condition-*'), *s.run.dir.rglob('S2.*')]:
             if p.is_file(): p.unlink()
         before, counts, open_ = results(s.run), {k: Counter() for k in kinds}, []
 
@@ -212,7 +268,9 @@ def torment(home, n, seed, tmp):
             if s.process.poll() is None: s.process.kill(); s.end()
             if len(open_) >= 8: complete()
         complete()
-        return [dict(fault=k, **{c: counts[k][c] for c in ('tried', 'survived', 'refused', 'lost')}) for k in kinds], time.time() - start
+        return [
+            dict(fault=k, **{c: counts[k][c] for c in ('tried', 'survived', 'refused', 'lost')}) for k in kinds
+        ], time.time() - start
     finally:
         guard.end_workers((place/'home'/'runs'/'smoke').resolve())
         if disk: subprocess.run(['umount', '-l', str(place)], check=True)
@@ -242,5 +300,13 @@ def test_many_faults(home, tmp_path, say, request):
     if not request.config.getoption('--publish-faults'): return
     with open(ROOT/'figures'/'faults.csv', 'w', newline='') as f:
         w = csv.DictWriter(f, list(rows[0]), lineterminator='\n'); w.writeheader(); w.writerows(rows)
-    record = dict(faults=total['tried'], seed=seed, seconds=round(seconds), rlheals=version('rlheals'), snakemake=version('snakemake'), papermill=version('papermill'), torch=version('torch'))
+    record = dict(
+        faults=total['tried'],
+        seed=seed,
+        seconds=round(seconds),
+        rlheals=version('rlheals'),
+        snakemake=version('snakemake'),
+        papermill=version('papermill'),
+        torch=version('torch'),
+    )
     (ROOT/'figures'/'faults.json').write_text(json.dumps(record, indent=1) + '\n')

@@ -1,19 +1,17 @@
 """The same seed on the same machine: the same bytes, however many jobs run side by side."""
-import os, subprocess, sys
-from pathlib import Path
 import pytest
+from conftest import rlheals
 from test_faults import results
 from rlheals.profiles import Run
-
-BIN = Path(sys.executable).parent
 
 
 def made(home, profile, jobs):
     "What a run of its own makes, with so many jobs side by side."
     home.mkdir()
-    done = subprocess.run([str(BIN/'rlheals'), 'reproduce', '--profile', profile, '--jobs', str(jobs)], cwd=home, capture_output=True, text=True, env=os.environ | dict(HF_HUB_OFFLINE='1'))
+    done = rlheals('reproduce', '--profile', profile, '--jobs', jobs, cwd=home)
     assert done.returncode == 0, done.stdout + done.stderr
-    figures = {f'figures/{p.name}': p.read_bytes() for p in (home/'figures').glob('*.[!j]*')}  # beside the runs, in the default profile
+    # beside the runs, in the default profile
+    figures = {f'figures/{p.name}': p.read_bytes() for p in (home/'figures').glob('*.[!j]*')}
     return results(Run(profile, root=home/'runs')) | figures
 
 
