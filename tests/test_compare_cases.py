@@ -1,6 +1,7 @@
 """Other people's checkpoints: each gives the right numbers, or one line that names what is wrong, before any
 decomposition."""
 import json, shutil
+import pandas as pd
 import pytest, torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -442,7 +443,9 @@ def test_weights_alone_need_neither_a_model_nor_a_tokenizer(tmp_path, monkeypatc
     for name in ('open_model', 'open_tokenizer', 'check_loaded'):
         monkeypatch.setattr(module, name, lambda *a, name=name, **k: pytest.fail(f'{name} was called'))
     tables, words = run(tmp_path, weights_only=True)
-    assert tables['matrices'].equals(whole['matrices']) and set(tables) == {'matrices', 'spectra', 'angles', 'energy'}
+    assert set(tables) == {'matrices', 'spectra', 'angles', 'energy'}
+    # not to the bit: where a matrix happens to lie in memory decides the order of some sums
+    pd.testing.assert_frame_equal(tables['matrices'], whole['matrices'], rtol=1e-4, atol=1e-5)
     assert 'Only weights were compared' in words['summary'] and 'drift' not in words
     refused('leave out the donor', tmp_path, donor='base', weights_only=True)
 
