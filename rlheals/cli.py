@@ -89,6 +89,12 @@ def reproduce(
                  'missing here.',
         ),
     ] = '',
+    publish: Annotated[
+        bool,
+        typer.Option(
+            '--publish', help='Then copy the figures and the ledger to where the repository keeps them, figures/.'
+        ),
+    ] = False,
     runs: Annotated[Path, typer.Option(help='Directory of all runs.')] = Path('runs'),
 ):
     "Train, evaluate, analyse and draw: make every figure that is missing or out of date."
@@ -99,6 +105,7 @@ def reproduce(
     run, console = Run(profile, tuple(set), 0, runs, tasks[0]), Console()
     try:
         if log: os.environ['RLHEALS_LOG'] = check_tracker(log)  # for the jobs
+        if publish: chain.check_kept(run)
         for r in chain.variants(run, 1, tasks): r.config
         targets = _pictures(run, tasks, figure, seeds)
         if dry_run: return _dry_run(run, seeds, targets, tasks, jobs or os.cpu_count(), console)
@@ -114,6 +121,7 @@ def reproduce(
             executor=executor,
             store=store,
         )
+        kept = chain.publish(run) if publish else []
     except ValueError as e:
         _fail(e)
     except chain.ChainError as e:
@@ -125,6 +133,7 @@ def reproduce(
             f'{done} jobs done. Figures: {os.path.relpath(chain.figures_dir(run, "F5"))}  Everything else: '
             f'{os.path.relpath(run.dir)}'
         )
+    if kept: typer.echo(f'{len(kept)} files published in {os.path.relpath(chain.published_dir(run))}')
 
 
 # files of the figures asked for; of those made on request also the tables behind them, which nothing else asks for
@@ -383,7 +392,7 @@ def claims(
         enough = tasks_to_judge(run, (), seeds)
         published = (
             not any(t in enough for t in asked or enough)
-            and (chain.figures_dir(replace(run, task_name=chain.HOME)) / 'ledger.npz').exists()
+            and (chain.published_dir(replace(run, task_name=chain.HOME)) / 'ledger.npz').exists()
             and not (seeds or write)
         )
         if not published: used = check_ledger(run, tasks or [run.task_name], seeds)
@@ -478,7 +487,7 @@ def explore(
     except chain.ChainError as e:
         _fail(e, 1)
     for r in asked if publish else ():
-        to = chain.figures_dir(replace(run, task_name=chain.HOME))/'explorer'/f'{r.task_dir}.parquet'
+        to = chain.published_dir(replace(run, task_name=chain.HOME))/'explorer'/f'{r.task_dir}.parquet'
         publish_table(
             r.load('explorer'), to, chain.provenance(r, [r.table('explorer'), *explorer_inputs(r)], {r.task_name: 1})
         )
@@ -564,10 +573,11 @@ def show(
         check_figure(figure)
         run = Run(profile, tuple(set), 0, runs, task)
         run.config
-        folder = chain.figures_dir(run, figure)
+        folder, own = chain.published_dir(run, figure), chain.figures_dir(run, figure)
+        if (own / f'{figure}.json').exists(): folder = own
         if not (folder / f'{figure}.json').exists():
             raise ValueError(
-                f'{os.path.relpath(folder)}/{figure}.png is not there: make it with `rlheals reproduce --figure '
+                f'{os.path.relpath(own)}/{figure}.png is not there: make it with `rlheals reproduce --figure '
                 f'{figure}`, and --profile, --task or --set as here'
             )
         Console().print(Markdown(words(folder, figure)))

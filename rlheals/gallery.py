@@ -149,24 +149,35 @@ def words(
     )
 
 
-def entry(folder, figure: str, link: str = '../figures', say: bool = True) -> str:
+def entry(
+    folder,  # of the figures
+    figure: str,
+    link: str = '../figures',  # how the page reaches that folder
+    say: bool = True,  # with the caption and the reading
+    own: str = '',  # a folder in it, of a run of one's own: its picture is shown beside
+) -> str:
     "A figure's entry in the gallery: title, picture beside the paper's numbers, and `words`."
-    ours, (beside, _) = f'![{figure}]({link}/{figure}.png)', _beside(figure, link)
-    pictures = '\n'.join(['| here | in the paper |', '| --- | --- |', f'| {ours} | {beside} |']) if beside else ours
+    shown = {'here': f'![{figure}]({link}/{figure}.png)'}
+    if own and (Path(folder)/own/f'{figure}.png').exists():
+        shown['your run'] = f'![{figure}]({link}/{own}/{figure}.png)'
+    if beside := _beside(figure, link)[0]: shown['in the paper'] = beside
+    table = [f'| {" | ".join(row)} |' for row in (shown, ['---'] * len(shown), shown.values())]
+    pictures = '\n'.join(table) if len(shown) > 1 else shown['here']
     return '\n\n'.join([f'### {figure}: {TITLES[figure]}', pictures, words(folder, figure, link, say)])
 
 def gallery(
     folder,  # of the figures: those that are in it are shown
     link: str = '../figures',
     say: bool = True,
+    own: str = '',  # as for `entry`
 ) -> str:
     "All figures, each beside what the paper reports for it, in Markdown."
     there = [f for f in FIGURES if (Path(folder)/f'{f}.json').exists()]
     ours = [f for f in there if f[0] == 'F']
     beyond = [f for f in there if f[0] != 'F']
     missing = [f for f in EXTRA if f not in there]
-    parts = [entry(folder, f, link, say) for f in ours]
-    if beyond: parts += ['## Not in the paper', *(entry(folder, f, link, say) for f in beyond)]
+    parts = [entry(folder, f, link, say, own) for f in ours]
+    if beyond: parts += ['## Not in the paper', *(entry(folder, f, link, say, own) for f in beyond)]
     if missing:
         parts.append(
             'On request: '

@@ -12,8 +12,8 @@ import json, os
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
-from .chain import (HOME, TABLES, command, execute, figures_dir, load_tables, provenance, seeds_done, tables_of,
-                           variants)
+from .chain import (HOME, TABLES, command, execute, figures_dir, load_tables, provenance, published_dir,
+                           seeds_done, tables_of, variants)
 from .claims import CLAIMS, NEEDS, arrays, ledger_rows
 from .files import complete, record_outputs
 from .plots import TASK_NAMES
@@ -206,10 +206,11 @@ def read_published(
     tasks=(),  # names (default: all that are there)
     earlier: bool = False,  # take it also where it was made with other settings than today's
 ) -> dict:
-    """What `save_ledger` kept beside the figures, for those who have the figures and not the tables: task -> arrays.
+    """What `save_ledger` wrote and `publish` kept beside the figures, for those who have these and not the tables:
+    task -> arrays.
 
     `ValueError` if a task is not there, or was run with other settings."""
-    folder = figures_dir(replace(run, task_name=HOME))
+    folder = published_dir(replace(run, task_name=HOME))
     if not (folder / 'ledger.npz').exists():
         raise ValueError(
             f"there is no ledger in {folder}: make one with\n  {command(run, tasks or [run.task_name], SEEDS)}"

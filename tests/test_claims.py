@@ -4,7 +4,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
-from rlheals.chain import snakemake
+from rlheals.chain import publish, snakemake
 from rlheals.claims import CLAIMS
 from rlheals.cli import app
 from rlheals.ledger import check_ledger, judge_tasks, make_inputs, markdown, read_published, read_run, write_made_up
@@ -57,7 +57,7 @@ def test_command_prints_and_writes(root):
     assert all(f'│ {c} ' in got.output for c in CLAIMS) and '[' in got.output
     one = claims('--runs', root, '--task', 'rank', '--write')  # shows one, writes all
     assert one.exit_code == 0 and 'general_points:' not in one.output
-    folder = root.parent/'figures'
+    folder = root.parent/'figures'/'own'/'tiny'
     table = pd.read_csv(folder/'ledger.csv')
     assert (
         len(table) == 20
@@ -120,6 +120,7 @@ def test_a_deleted_run_is_made_again_and_judged(root, monkeypatch):
 def test_published_episodes_are_judged_where_there_are_no_tables(root):
     "What is kept beside the figures gives the same ledger, to the last digit; other settings or tasks are refused."
     with_tables = claims('--runs', root, '--write')
+    publish(Run('tiny', root=root))
     shutil.rmtree(root)
     got = claims('--runs', root)
     assert got.exit_code == 0 and 'published episodes' in got.output

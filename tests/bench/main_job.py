@@ -1,0 +1,69 @@
+"""Processor seconds of the main job, stage by stage, in this checkout and in another:
+
+    python tests/bench/main_job.py OLD_CHECKOUT [--set KEY=VALUE ...]
+
+Both make all figures of the profile `tiny` with one job at a time, one after the other, and with the same settings as
+far as both have them (see `REDUCED`); on a machine that does nothing else."""
+import json, os, resource, subprocess, sys, tempfile
+from pathlib import Path
+import pandas as pd
+
+HERE = Path(__file__).parents[2]
+REDUCED = (  # of the default job: fewer of everything, in the same proportions
+    'sft.max_steps=160',
+    'sft.checkpoints=[0,8,16,32,64,160]',
+    'sft.learning_rate=0.001',
+    'rl.starts=[32,64,160]',
+    'rl.updates=5',
+    'rl.envs=128',
+    'rl.turns=2',
+    'rl.learning_rate=0.0001',
+    'rl.entropy_coef=0.0',
+    'grpo.starts=[160]',
+    'grpo.updates=5',
+    'baselines.starts=[64,160]',
+    'eval.episodes=78',
+    'eval.splits=[id,ood_dev]',
+    'task.tries=5',
+)
+COMMAND = "import sys; sys.argv[0] = 'rlheals'; from rlheals.cli import app; app()"
+
+
+def run(checkout, folder, settings):
+    "Processor seconds of the whole, and seconds of each stage's notebooks."
+    words = ['reproduce', '--jobs', '1', '--runs', folder/'runs', *(w for s in settings for w in ('--set', s))]
+    env = os.environ | dict(PYTHONPATH=str(checkout), HF_HUB_OFFLINE='1', PYTHONSAFEPATH='1')
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, '-c', COMMAND, *map(str, words)], env=env, cwd=folder, capture_output=True, text=True
+    )
+    if done.returncode: sys.exit(f'{checkout}: {done.stdout[-2000:]}{done.stderr[-2000:]}')
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = sum(getattr(after, k) - getattr(before, k) for k in ('ru_utime', 'ru_stime'))
+    stages = {}
+    for f in folder.rglob('notebooks/*.ipynb'):
+        stage = f.stem.split('-')[0] if f.stem[1:].isdigit() is False else 'figures'
+        took = json.loads(f.read_text())['metadata']['papermill']['duration']
+        stages[stage] = stages.get(stage, 0.) + took
+    return spent, stages
+
+
+def known(checkout, settings):
+    "Those of the settings that a checkout has."
+    code = 'import json; from rlheals.profiles import load_profile; print(json.dumps(load_profile("tiny")))'
+    env = os.environ | dict(PYTHONPATH=str(checkout), PYTHONSAFEPATH='1')
+    has = json.loads(subprocess.run([sys.executable, '-c', code], env=env, stdout=subprocess.PIPE, check=True).stdout)
+    names = {f'{section}.{key}' for section, values in has.items() for key in values}
+    return [s for s in settings if s.partition('=')[0] in names]
+
+
+if __name__ == '__main__':
+    old, more, took = Path(sys.argv[1]).resolve(), sys.argv[2:], {}
+    settings = [*REDUCED, *(w for w in more if w != '--set')]
+    for name, checkout in dict(old=old, new=HERE).items():
+        with tempfile.TemporaryDirectory() as tmp:
+            took[name] = run(checkout, Path(tmp).resolve(), known(checkout, settings))
+        print(f'{name}: {took[name][0]:.0f} processor seconds', flush=True)
+    table = pd.DataFrame({k: v[1] for k, v in took.items()}).round(1)
+    print(table.assign(ratio=(table['new'] / table['old']).round(2)).to_string())
+    print(f'all, with starting: {took["new"][0] / took["old"][0]:.2f} of the processor seconds')
