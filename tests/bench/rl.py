@@ -69,6 +69,10 @@ for style, what in (
         f"GRPOTrainer {theirs:.2f} s, {theirs / ours:.1f} times as long"
     )
 
+task, taken = Run('tiny').task(), []  # with all its tries: prompts grow, and turns of an episode share their beginnings
+for _ in range(3): taken += updates(train_ppo, task, c['rl'] | dict(updates=4))
+print(f"an update of the default job, {c['rl']['envs'] * c['rl']['turns']} responses: {statistics.median(taken):.2f} s")
+
 task = load_task('general_points', style='brief', tries=1)
 profile = cProfile.Profile()
 learner = fresh()[0]
