@@ -2,27 +2,32 @@
 
     python tests/bench/main_job.py OLD_CHECKOUT [--set KEY=VALUE ...]
 
-Both make all figures of the profile `tiny` with one job at a time, one after the other, and with the same settings as
-far as both have them (see `REDUCED`); on a machine that does nothing else."""
+Both make all figures of the profile `tiny`, one job at a time, one checkout after the other, and with the same settings
+as far as both have them (see `REDUCED`); on a machine that does nothing else."""
 import json, os, resource, subprocess, sys, tempfile
 from pathlib import Path
 import pandas as pd
 
 HERE = Path(__file__).parents[2]
-REDUCED = (  # of the default job: fewer of everything, in the same proportions
-    'sft.max_steps=160',
-    'sft.checkpoints=[0,8,16,32,64,160]',
+REDUCED = (  # of the default job: fewer of everything, which takes some ten minutes; more with --set
+    'sft.max_steps=64',
+    'sft.checkpoints=[0,8,16,32,64]',
+    'sft.end=64',
     'sft.learning_rate=0.001',
-    'rl.starts=[32,64,160]',
-    'rl.updates=5',
+    'rl.starts=[16,64]',
+    'rl.updates=3',
     'rl.envs=128',
     'rl.turns=2',
     'rl.learning_rate=0.0001',
     'rl.entropy_coef=0.0',
-    'grpo.starts=[160]',
-    'grpo.updates=5',
-    'baselines.starts=[64,160]',
-    'eval.episodes=78',
+    'grpo.starts=[64]',
+    'grpo.updates=3',
+    'baselines.starts=[64]',
+    'baselines.rounds=2',
+    'conditions.starts=[64]',
+    'surgery.edits=["directions","values","random","interpolation"]',
+    'surgery.ranks=[0.5,1.0]',
+    'eval.episodes=26',
     'eval.splits=[id,ood_dev]',
     'task.tries=5',
 )
