@@ -66,6 +66,10 @@ def nested(
         last = sequences[i]
     return groups
 
+def _read(contexts, answers):  # what goes through the model for each action, and the groups of these (see `nested`)
+    read = [c + a[:-1] for c, a in zip(contexts, answers)]
+    return read, nested(read)
+
 # %% ../nbs/11_ppo.ipynb #9f2549d9
 def score(
     model,
@@ -77,8 +81,8 @@ def score(
 ):
     "(log-probability (B,) summed over the answer, mean entropy (B,) of its tokens, value (B,) or None)."
     import torch
-    read = [c + a[:-1] for c, a in zip(contexts, answers)]
-    groups = sorted(nested(read), key=lambda g: len(read[g[-1]]))
+    read, groups = _read(contexts, answers)
+    groups.sort(key=lambda g: len(read[g[-1]]))
     def part(some):
         these = [i for g in some for i in g]
         return _score(model, head, [contexts[i] for i in these], [answers[i] for i in these], temperature)
@@ -96,7 +100,7 @@ def _passed(model, contexts, answers, temperature):  # ... and the last hidden s
     from torch.nn.utils.rnn import pad_sequence
     from transformers import DynamicCache
     device, trunk = model.device, model.get_base_model().base_model if is_lora(model) else model.base_model
-    groups = nested(read := [c + a[:-1] for c, a in zip(contexts, answers)])
+    read, groups = _read(contexts, answers)
     # sharded, a layer's weights are there for the gradients of one pass, not for those that come back through the
     # cache of another
     shared, past = 0 if model.is_activation_checkpointing or is_sharded(model) else shared_start(model, contexts), None
@@ -288,7 +292,7 @@ def _clip(parameters, most):  # `clip_grad_norm_` of gradients of which some are
     return norm
 
 def _chains(b):  # what to sort actions by, so that turns of one episode are together and lengths alike; its groups
-    groups = nested(read := [c + a[:-1] for c, a in zip(b['contexts'], b['answers'])])
+    read, groups = _read(b['contexts'], b['answers'])
     return {i: (len(read[g[-1]]), n, len(read[i])) for n, g in enumerate(groups) for i in g}, groups
 
 def _improve(model, head, opt, b, order, c):  # one epoch over an update's actions; what to log, per minibatch

@@ -26,18 +26,13 @@ def _run_module(
     words: list[str],  # name of a module, and its arguments
 ):
     "Do what `python -m` does."
-    # jsonschema, which papermill brings, takes a checker of web addresses if it can get it; nothing here asks for it,
-    # and building its grammar takes a second
-    sys.modules['rfc3987_syntax'] = None
     sys.argv[:] = words
     runpy.run_module(words[0], run_name='__main__', alter_sys=True)
 
 # %% ../nbs/18f_prefork.ipynb #39f43472
 def _receive(connection):  # what the client has sent, with its open files
     head, files, *_ = socket.recv_fds(connection, 4, 3)
-    size, text = struct.unpack('I', head)[0], b''
-    while len(text) < size: text += connection.recv(size - len(text))
-    return json.loads(text), files
+    return json.loads(connection.recv(struct.unpack('I', head)[0], socket.MSG_WAITALL)), files
 
 
 def _take_place(asked, files):  # of the client
@@ -87,7 +82,6 @@ def _serve(
     import gc, importlib
     parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the jobs
-    sys.modules['rfc3987_syntax'] = None  # see `_run_module`
     # what a kernel would set before matplotlib is imported
     os.environ.setdefault('MPLBACKEND', 'module://matplotlib_inline.backend_inline')
     names = list(dict.fromkeys(name for group in ('always', *groups) for name in LIBRARIES[group]))
@@ -113,7 +107,6 @@ def can_fork() -> bool:
 def server(
     groups=(),  # of `LIBRARIES`, beside `always`
     environment=None,  # of the server (default: this process's)
-    output=None,  # file for what it prints (default: nowhere)
 ):
     "A server for as long as the block lasts: yields the environment variable with which its clients find it."
     if not can_fork(): yield {}; return
@@ -123,8 +116,8 @@ def server(
         listener.listen(64)
         process = subprocess.Popen(
             [sys.executable, '-P', FILE, '--serve', str(listener.fileno()), *groups],
-            pass_fds=[listener.fileno()], stdin=subprocess.DEVNULL, stdout=output or subprocess.DEVNULL,
-            stderr=subprocess.STDOUT, env=environment,
+            pass_fds=[listener.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, env=environment,
         )
     try: yield {ADDRESS: name}
     finally: process.kill(); process.wait()
@@ -168,6 +161,9 @@ def _main(
     words: list[str],  # name of a module, and its arguments; or `--serve`, the number of an open socket, and groups
 ):
     "The command line of this module."
+    # jsonschema, which papermill brings, takes a checker of web addresses if it can get it; nothing here asks for it,
+    # and building its grammar takes a second
+    sys.modules['rfc3987_syntax'] = None
     if words[0] == '--serve': return _serve(socket.socket(fileno=int(words[1])), words[2:])
     if (status := _ask(words)) is not None: os._exit(status)
     # once more, with the packages that are installed

@@ -31,6 +31,15 @@ def stamps(run):
     }
 
 
+def papermill(notebook, cwd, **parameters):
+    "Execute a notebook of the chain with the profile `smoke`, as `papermill` on the command line does."
+    flags = [x for k, v in dict(profile='smoke', **parameters).items() for x in ('-p', k, str(v))]
+    source = ROOT/'nbs'/'paper'/f'{notebook}.ipynb'
+    words = [sys.executable, '-m', 'papermill', str(source), f'{notebook}.out.ipynb', *flags]
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def names(run, paths): return {str(p.relative_to(run.dir)).replace('general_points/seed0/', '') for p in paths}
 
 
@@ -308,47 +317,12 @@ def test_two_runs_do_not_mix(home, run):
 )
 def test_each_notebook_runs_alone(home, tmp_path, notebook, parameters):
     shutil.copytree(home/'runs'/'smoke', tmp_path/'runs'/'smoke')
-    flags = [x for k, v in parameters.items() for x in ('-p', k, str(v))]
-    done = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'papermill',
-            str(ROOT / 'nbs' / 'paper' / f'{notebook}.ipynb'),
-            f'{notebook}.out.ipynb',
-            '-p',
-            'profile',
-            'smoke',
-            *flags,
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    papermill(notebook, tmp_path, **parameters)
 
 
 def test_a_notebook_alone_makes_what_it_needs(tmp_path):
     "In an empty directory, the notebook of RL first makes the SFT checkpoints."
-    done = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'papermill',
-            str(ROOT / 'nbs' / 'paper' / '02_rl.ipynb'),
-            'out.ipynb',
-            '-p',
-            'profile',
-            'smoke',
-            '-p',
-            'start',
-            '2',
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    papermill('02_rl', tmp_path, start=2)
     run = Run('smoke', root=tmp_path/'runs')
     assert run.checkpoint('rl', 2).is_dir() and not run.checkpoint('rl', 4).exists()
 
@@ -450,22 +424,7 @@ def test_figures_beyond_the_default_are_made_when_asked_for(home, run):
     }
     assert set(pd.read_csv(run.dir/'figures'/'S3.csv')['method']) == {'sft', *run.config['preserve']['methods']}
     assert 'nothing to do' in rlheals('reproduce', '--profile', 'smoke', '--figure', 'S3', cwd=home).stdout
-    done = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'papermill',
-            str(ROOT / 'nbs' / 'paper' / '09_beyond.ipynb'),
-            'beyond.out.ipynb',
-            '-p',
-            'profile',
-            'smoke',
-        ],
-        cwd=home,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    papermill('09_beyond', home)
 
 
 def test_seeds_are_independent_and_drawn_together(home, run):
