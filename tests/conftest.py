@@ -1,4 +1,4 @@
-import os, subprocess, sys
+import gc, os, subprocess, sys
 from pathlib import Path
 import pytest
 
@@ -26,12 +26,21 @@ def rlheals(*words, cwd):
 
 
 def linear(seconds, n, slack=.02):
-    """Whether four times the input takes less than ten times as long (quadratic time: sixteen times). Asked up to three
-    times, as a machine may be slower for a while."""
-    for _ in range(3):
-        small, large = (min(seconds(size) for _ in range(3)) for size in (n, 4 * n))
-        if large < 10 * small + slack: return True
-        print(f'{small:.3f} s, and {large:.3f} s for four times as much')
+    """Whether time grows with the input and not with its square: of three doublings, one takes less than three times as
+    long. A linear reader may take much longer once, where it first asks the system for memory; a quadratic one takes
+    four times as long every time. Less than `slack` seconds is linear."""
+    def once(size):
+        gc.collect()
+        gc.disable()  # what else the process keeps is not the reader's time
+        try: return min(seconds(size) for _ in range(3))
+        finally: gc.enable()
+
+    before = once(n)
+    for doubling in range(1, 4):
+        now = once(n << doubling)
+        print(f'{n << doubling}: {before:.3f} s, and {now:.3f} s for twice as much')
+        if now < 3 * before + slack: return True
+        before = now
     return False
 
 

@@ -69,10 +69,17 @@ BIG = {  # texts of about n characters
 }
 
 
+def test_what_counts_as_linear():
+    assert linear(lambda n: n / 1e3, 10)
+    assert linear(lambda n: n / 1e3 * (1 if n < 15 else 20), 10)  # with a jump
+    assert not linear(lambda n: n**2 / 1e3, 10)
+    assert not linear(lambda n: n / 1e3 + n**2 / 1e3, 10)
+
+
 @every_task
 @pytest.mark.parametrize('kind', BIG)
 def test_a_megabyte_is_read_in_linear_time(name, style, kind):
-    "Four times the text must not take much more than four times as long: no text can hang a verifier."
+    "No text can hang a verifier."
     task = load_task(name, style=style)
     p = task.sample(seeded(1), 'train')
 
@@ -83,7 +90,7 @@ def test_a_megabyte_is_read_in_linear_time(name, style, kind):
         assert not v.correct and parts_add_up(v)
         return taken
 
-    assert linear(seconds, 250_000)
+    assert linear(seconds, 500_000)
 
 
 @every_task

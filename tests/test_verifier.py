@@ -359,7 +359,7 @@ def test_the_brief_style_stays_as_it_is():
     ],
 )
 def test_no_opening_is_read_again_and_again(piece):
-    "Four times the text takes about four times as long, whatever is opened and never closed."
+    "Time grows with the text and not with its square, whatever is opened and never closed."
     from time import process_time
 
     readers = [
@@ -374,7 +374,7 @@ def test_no_opening_is_read_again_and_again(piece):
             for read in readers: read(text + end)
         return process_time() - start
 
-    assert linear(seconds, 30_000, slack=.05)
+    assert linear(seconds, 60_000, slack=.05)
 
 
 def test_numbers_and_signs_are_read_alike():
