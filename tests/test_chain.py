@@ -5,12 +5,12 @@ import pandas as pd
 import pytest
 from conftest import rlheals
 from rlheals import chain
-from rlheals.evaluate import metrics_of, evaluation_parts
-from rlheals.baselines import METHODS
-from rlheals.conditions import conditions_of
-from rlheals.figures import ACROSS, EXTRA, FIGURES
-from rlheals.profiles import Run
-from rlheals.surgery import surgery_ends
+from rlheals.analysis.evaluation import evaluation_parts, metrics_of
+from rlheals.beyond.baselines import METHODS
+from rlheals.beyond.conditions import conditions_of
+from rlheals.running.figures import ACROSS, EXTRA, FIGURES
+from rlheals.training.runs import Run
+from rlheals.analysis.surgery import surgery_ends
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -296,8 +296,8 @@ def test_a_failing_stage_says_so_and_the_rest_is_kept(home):
 
 
 def test_two_runs_do_not_mix(home, run):
-    from rlheals.guard import hold
-    with hold(run.dir):
+    from rlheals.running.locking import lock_run
+    with lock_run(run.dir):
         done = rlheals('reproduce', '--profile', 'smoke', cwd=home)
     assert done.returncode == 1 and f'in use by process {os.getpid()}' in done.stderr
 

@@ -4,12 +4,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
-from rlheals.chain import publish, snakemake
-from rlheals.claims import CLAIMS
-from rlheals.cli import app
-from rlheals.ledger import check_ledger, judge_tasks, make_inputs, markdown, read_published, read_run, write_made_up
-from rlheals.profiles import Run
-from rlheals.trials import DESIGNS, WORLD, Design, Runs, false_positives, power
+from rlheals.running.plan import snakemake
+from rlheals.running.tables import publish
+from rlheals.results.claims import CLAIMS
+from rlheals.running.command_line import app
+from rlheals.running.ledger import (check_ledger, judge_tasks, make_inputs, markdown, read_published, read_run,
+                                    write_made_up)
+from rlheals.training.runs import Run
+from rlheals.results.made_up_runs import DESIGNS, WORLD, Design, Runs
+from rlheals.results.trials import false_positives, power
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,7 +98,7 @@ def test_a_deleted_run_is_missed_and_a_new_one_judged_anew(root):
 def test_run_asks_the_chain_for_what_is_missing(root, monkeypatch):
     "And for nothing else. (The chain itself is not started here.)"
     run, asked = Run('tiny', root=root, task_name='rank'), []
-    monkeypatch.setattr('rlheals.ledger.execute', lambda *a, **k: asked.append((a[1], k['targets'], k['tasks'])))
+    monkeypatch.setattr('rlheals.running.workflow.execute', lambda *a, **k: asked.append((a[1], k['targets'], k['tasks'])))
     make_inputs(run, ['rank'])
     assert asked == []
     run.table('spectra').unlink()
@@ -112,7 +115,7 @@ def test_a_deleted_run_is_made_again_and_judged(root, monkeypatch):
     def chain(run, seeds, targets, tasks, **_):
         assert (seeds, tasks) == (4, ['rank']) and targets and all(t.startswith('rank/seed2/tables/') for t in targets)
         kept.rename(root/'tiny'/'rank'/'seed2')
-    monkeypatch.setattr('rlheals.ledger.execute', chain)
+    monkeypatch.setattr('rlheals.running.workflow.execute', chain)
     again = claims('--runs', root, '--task', 'rank')
     assert again.exit_code == 0 and 'they are made again' in again.output and again.output.endswith(first.output)
 
@@ -188,8 +191,8 @@ def test_what_is_published_is_what_the_command_wrote():
 def test_verdicts_beside_the_figures_are_the_commands():
     """The gallery says of each claim, under each figure that bears on it, what `rlheals claims` finds in the episodes
     beside the figures."""
-    from rlheals.gallery import BEARS_ON
-    from rlheals.plots import TASK_NAMES
+    from rlheals.running.gallery import BEARS_ON
+    from rlheals.results.style import TASK_NAMES
     cells = json.loads((ROOT/'nbs'/'gallery.ipynb').read_text())['cells']
     text = '\n'.join(
         ''.join(o['data']['text/markdown'])

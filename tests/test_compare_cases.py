@@ -8,11 +8,14 @@ from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM,
                           Qwen3MoeConfig, Qwen3MoeForCausalLM)
 from rlheals import compare as module
-from rlheals.compare import compare, explain, results
-from rlheals.models import ASSETS
-from rlheals.spectra import svd
-from rlheals.surgery import Surgery
-from rlheals.weights import as_weights, check_loaded, locate, matrices, on_base, open_model, put, read, stored_weights
+from rlheals.beyond.compare import compare, results
+from rlheals.beyond.in_words import explain
+from rlheals.training.models import ASSETS
+from rlheals.analysis.decomposition import svd
+from rlheals.analysis.surgery import Surgery
+from rlheals.analysis.adapters import on_base, open_model, stored_weights
+from rlheals.analysis.formats import as_weights, locate
+from rlheals.analysis.weights import check_loaded, matrices, put, read
 
 SMALL = dict(vocab_size=296, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
              num_key_value_heads=1, head_dim=16,

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from conftest import linear
 from hypothesis import HealthCheck, given, settings, strategies as st
-from rlheals.tasks import STYLES, TASKS, Episode, check_task, fingerprint, load_task, problem_set, seeded, steps
+from rlheals.core.randomness import seeded
+from rlheals.tasks.new_task import check_task
+from rlheals.tasks.protocol import STYLES, TASKS, Episode, fingerprint, load_task, problem_set, steps
 
 ALL = [(name, style) for name in TASKS for style in STYLES]
 every_task = pytest.mark.parametrize('name, style', ALL)

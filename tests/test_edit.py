@@ -3,10 +3,11 @@ import json, os, subprocess, sys
 from pathlib import Path
 import pandas as pd, pytest, torch
 from safetensors.torch import load_file, save_file
-from rlheals.compare import compare
-from rlheals.edit import byte_ranges, edit_checkpoint, undo, undone
-from rlheals.models import load_model, save_model
-from rlheals.weights import KINDS, matrices
+from rlheals.beyond.compare import compare
+from rlheals.beyond.edit import byte_ranges, edit_checkpoint, undo, undone
+from rlheals.training.models import load_model, save_model
+from rlheals.analysis.formats import KINDS
+from rlheals.analysis.weights import matrices
 
 def quiet(line): pass
 

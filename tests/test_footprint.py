@@ -2,8 +2,8 @@
 import os, subprocess, sys
 from importlib.util import find_spec
 import pytest
-from rlheals.footprint import footprint
-from rlheals.profiles import Run
+from rlheals.running.memory import estimate_memory
+from rlheals.training.runs import Run
 
 TINY = 'sft.max_steps=6', 'rl.starts=6', 'rl.updates=8'
 SMOLLM2 = (
@@ -50,7 +50,7 @@ def peak(run, *words):
 
 def compared(run, say, rl=1.15):
     for words in (['sft'], ['rl', '--start', str(run.config['sft']['max_steps'])]):
-        took, planned = peak(run, *words), footprint(run, words[0]).total
+        took, planned = peak(run, *words), estimate_memory(run, words[0]).total
         say(
             f'{run.profile} {words[0]}: {took / 2**30:.2f} GiB taken, {planned / 2**30:.2f} planned '
             f'({planned / took - 1:+.0%})'

@@ -6,8 +6,10 @@ from functools import lru_cache
 from itertools import combinations_with_replacement, permutations
 import pytest
 from hypothesis import given, settings, strategies as st
-from rlheals.general_points import (FACES, RULES, FormulaError, GeneralPoints, all_hands, card_value, parse_answer,
-                                    parse_formula, solve, solve_all, split_hands)
+from rlheals.tasks.formulas import (FACES, RULES, FormulaError, all_hands, card_value, parse_answer, parse_formula,
+                                    solve, solve_all)
+from rlheals.tasks.general_points import GeneralPoints
+from rlheals.tasks.hands import split_hands
 
 TASKS = [GeneralPoints('paper'), GeneralPoints('brief')]
 OPS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}

@@ -2,7 +2,7 @@
 import ast, json, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
-from rlheals.profiles import load_profile
+from rlheals.training.rules import load_profile
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -52,7 +52,7 @@ def test_export_writes_the_package(copy):
 
 
 def test_readme_is_made_from_index():
-    from rlheals.docs import readme
+    from rlheals.running.readme import readme
     assert (ROOT/'README.md').read_text() == readme(ROOT/'nbs'/'index.ipynb'), 'run `rlheals readme`'
 
 
@@ -159,7 +159,7 @@ EARLIER = {
 def assert_settings(record, now, sections):
     """The settings of a record are today's; or those of the one earlier run that the README says the kept figures come
     from, and nothing else differs."""
-    from rlheals.gallery import differing, made_with
+    from rlheals.running.gallery import differing, made_with
     then = {s: record['settings'][s] for s in sections}
     if changed := differing(then, now):
         note = made_with(ROOT/'figures')
@@ -181,7 +181,7 @@ def test_committed_figures_come_from_the_default_run(figure):
 
 
 def test_the_shortened_run_is_that_of_the_profile():
-    from rlheals.files import damaged_outputs
+    from rlheals.core.files import damaged_outputs
     records, now = sorted((ROOT/'figures'/'smollm2-short').glob('*.json')), load_profile('smollm2-short')
     assert len(records) == 15
     for path in records:
@@ -196,7 +196,7 @@ def test_the_shortened_run_is_that_of_the_profile():
 
 @pytest.mark.parametrize('task', 'general_points navigation rank determinant'.split())
 def test_the_explorer_opens_in_a_fresh_clone(task):
-    from rlheals.explorer import PARTS, named, open_tables
+    from rlheals.beyond.explorer_table import PARTS, named, open_tables
     path = ROOT/'figures'/'explorer'/f'{task}.parquet'
     assert path.stat().st_size < 1_500_000
     table = open_tables(ROOT/'nowhere', path.parent)[task]

@@ -3,10 +3,14 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from rlheals.general_points import GeneralPoints
-from rlheals.models import encode, generate, load_model, set_up_torch
-from rlheals.ppo import add_advantages, collect, constant_value, gae, ppo_loss, score, value_head
-from rlheals.tasks import Episode, problem_set, seeded
+from rlheals.tasks.general_points import GeneralPoints
+from rlheals.training.computing import set_up_torch
+from rlheals.training.generation import encode, generate
+from rlheals.training.models import load_model
+from rlheals.training.logprobs import logprobs_and_values, value_head
+from rlheals.training.ppo import add_advantages, collect, constant_value, gae, ppo_loss
+from rlheals.core.randomness import seeded
+from rlheals.tasks.protocol import Episode, problem_set
 
 
 def reference_advantages(rewards, values, dones, gamma, lam):
@@ -69,7 +73,7 @@ def test_ratio_of_a_fresh_policy_is_one(tiny):
     b = collect(model, value_head(128), tok, task, episodes, c, lambda i: task.sample(rng, 'train'), 0)
     pick = np.random.default_rng(0).permutation(len(b['contexts']))[:7]
     with torch.no_grad():
-        logp, _, _ = score(model, None, [b['contexts'][i] for i in pick], [b['answers'][i] for i in pick])
+        logp, _, _ = logprobs_and_values(model, None, [b['contexts'][i] for i in pick], [b['answers'][i] for i in pick])
     np.testing.assert_allclose((logp - b['logp'][pick]).exp().numpy(), 1., atol=1e-5)
 
 
@@ -80,7 +84,7 @@ def test_sampled_tokens_follow_the_scored_probabilities(tiny):
     first = np.array([a[0] for a in generate(model, tok, [context] * 4000, 1, temperature=.7, seed=1)])
     with torch.no_grad():
         probability = np.exp(
-            score(model, None, [context] * len(tok), [[t] for t in range(len(tok))], temperature=0.7)[0].numpy()
+            logprobs_and_values(model, None, [context] * len(tok), [[t] for t in range(len(tok))], temperature=0.7)[0].numpy()
         )
     assert probability.sum() == pytest.approx(1, abs=1e-4)
     error = np.sqrt(probability * (1 - probability) / len(first))
@@ -97,7 +101,7 @@ def test_value_head_fits_known_returns(tiny):
     opt = torch.optim.Adam(head.parameters(), lr=1e-2)
     first = None
     for _ in range(60):
-        loss = (score(model, head, contexts, [[]] * 64)[2] - target).square().mean()
+        loss = (logprobs_and_values(model, head, contexts, [[]] * 64)[2] - target).square().mean()
         first = first or loss.item()
         opt.zero_grad(); loss.backward(); opt.step()
     assert loss.item() < .05 * first

@@ -1,8 +1,8 @@
 """An RL job that is killed again and again ends with the weights and tables of one that never was."""
 import os, random, signal, subprocess, sys, time
 import pytest
-from rlheals.models import load_model, save_model
-from rlheals.profiles import Run
+from rlheals.training.models import load_model, save_model
+from rlheals.training.runs import Run
 
 CHANGES = ('rl.updates=12', 'rl.envs=16', 'rl.turns=2')
 CODE = (

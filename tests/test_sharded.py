@@ -10,12 +10,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from rlheals.general_points import GeneralPoints
-from rlheals.models import ASSETS, encode, load_model, set_up_torch
-from rlheals.ppo import rl_stage, score, train_ppo
-from rlheals.profiles import Run, launch, load_profile
-from rlheals.sft import sft_stage
-from rlheals.spectra import angles_table, spectra_table
+from rlheals.tasks.general_points import GeneralPoints
+from rlheals.training.computing import set_up_torch
+from rlheals.training.generation import encode
+from rlheals.training.models import ASSETS, load_model
+from rlheals.training.logprobs import logprobs_and_values
+from rlheals.training.ppo import train_ppo
+from rlheals.training.rl import rl_stage
+from rlheals.training.launching import launch
+from rlheals.training.rules import load_profile
+from rlheals.training.runs import Run
+from rlheals.training.sft import sft_stage
+from rlheals.analysis.spectra import angles_table, spectra_table
 
 # minibatches of 3, 3, 3 and 1: the second process has fewer actions, and then none
 SETTINGS = load_profile('smoke')['rl'] | dict(envs=5, turns=2, minibatch=3, micro_batch=1, updates=3)
@@ -69,11 +75,11 @@ said['resumed'] = [
 if us.is_main_process: log.to_parquet(home/'log.parquet'); actions.to_parquet(home/'actions.parquet')
 
 # a number that is not finite, in one process: both stop, and the weights are those from before
-real = rlheals.ppo.ppo_loss
+real = rlheals.training.ppo.ppo_loss
 def spoilt(*a):
     loss, part = real(*a)
     return (loss * math.nan, part | dict(policy_loss=math.nan)) if us.process_index == 1 else (loss, part)
-rlheals.ppo.ppo_loss = spoilt
+rlheals.training.ppo.ppo_loss = spoilt
 model, _ = fresh()
 try:
     with keep_stopped(Run('smoke', root=home / 'runs'), 'rl-000004', model, tok):
@@ -84,7 +90,7 @@ except FloatingPointError as e:
 # bfloat16 is the computation's alone
 model, _ = fresh('bfloat16')
 contexts, answers = [encode(tok, ['solve 5 11 3 1 :'])] * len(answers), [tok(a)['input_ids'] for a in answers]
-total, entropy, _ = rlheals.ppo._score(model, None, contexts, answers, 1.)
+total, entropy, _ = rlheals.training.logprobs.forward_logprobs(model, None, contexts, answers, 1.)
 total.sum().backward()
 # not as many passes in each
 with gathered(model): said['written'] = generate(model, tok, contexts[:1], 8 + us.process_index)
@@ -210,7 +216,7 @@ def test_grpo_does_not_mind(two):
 def test_sharded_baselines_are_those_of_one_process(runs):
     """The same answers are sampled, and nearly all of the evaluation's come out the same: an argmax can fall otherwise
     by rounding."""
-    from rlheals.baselines import baselines_stage
+    from rlheals.beyond.baselines import baselines_stage
     one, two = (baselines_stage(run) for run, *_ in runs.values())
     columns = ['stage', 'checkpoint', 'split', 'problems', 'episode', 'metric']
     assert one[columns].equals(two[columns]) and (abs(one['value'] - two['value']) < 1e-6).mean() > .95
@@ -219,7 +225,7 @@ def test_sharded_baselines_are_those_of_one_process(runs):
 
 
 def test_grpo_as_a_stage_of_a_sharded_run(runs):
-    from rlheals.grpo import grpo_stage
+    from rlheals.training.grpo import grpo_stage
     one, two = (grpo_stage(run, 4) for run, *_ in runs.values())  # each process has chances of its own, so they differ
     run = runs[2][0]
     assert (
@@ -309,7 +315,7 @@ def test_bfloat16_is_the_precision_of_the_computation_alone(two):
     set_up_torch(1)
     model, tok = load_model('tiny', 'cpu')
     with torch.no_grad():
-        exact = score(
+        exact = logprobs_and_values(
             model, None, [encode(tok, ['solve 5 11 3 1 :'])] * len(ANSWERS), [tok(a)['input_ids'] for a in ANSWERS]
         )[0].tolist()
     for said in two[1]:

@@ -3,7 +3,7 @@ import json, re, shutil
 from pathlib import Path
 import pytest
 from rlheals import site
-from rlheals.site import ROOT, broken_links, build_site, entries, find_example, read_pages
+from rlheals.running.site import ROOT, broken_links, build_site, entries, find_example, read_pages
 
 
 @pytest.fixture(scope='module')
@@ -131,7 +131,7 @@ def test_a_notebook_with_a_broken_link_is_refused(tmp_path, text, says):
 
 def test_the_command(monkeypatch, tmp_path):
     from typer.testing import CliRunner
-    from rlheals.cli import app
+    from rlheals.running.command_line import app
 
     docs = lambda result: (
         monkeypatch.setattr(site, 'build_site', lambda out: result),

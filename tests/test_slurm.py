@@ -5,8 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 import pytest
 from rlheals import chain
-from rlheals.guard import queue_name
-from rlheals.profiles import Run
+from rlheals.running.locking import queue_name
+from rlheals.training.runs import Run
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

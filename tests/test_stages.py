@@ -4,12 +4,16 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from rlheals.baselines import METHODS, baselines_stage
-from rlheals.general_points import GeneralPoints
-from rlheals.models import generate, load_model, set_up_torch
-from rlheals.ppo import rl_stage, train_ppo
-from rlheals.profiles import Run, load_profile
-from rlheals.sft import sft_stage
+from rlheals.beyond.baselines import METHODS, baselines_stage
+from rlheals.tasks.general_points import GeneralPoints
+from rlheals.training.computing import set_up_torch
+from rlheals.training.generation import generate
+from rlheals.training.models import load_model
+from rlheals.training.ppo import train_ppo
+from rlheals.training.rl import rl_stage
+from rlheals.training.rules import load_profile
+from rlheals.training.runs import Run
+from rlheals.training.sft import sft_stage
 
 
 @pytest.fixture(scope='module')
@@ -116,8 +120,8 @@ def test_some_second_try_mends_a_first(tmp_path):
     """Retries were dead once: no second answer was ever right, and RL's data was a constant penalty.
 
     A few seconds of SFT from the shipped base are enough to see one succeed."""
-    from rlheals.rollout import play
-    from rlheals.tasks import problem_set
+    from rlheals.training.rollouts import play
+    from rlheals.tasks.protocol import problem_set
 
     run = Run(
         'tiny', ('sft.max_steps=24', 'sft.examples=1600', 'sft.test_examples=8', 'eval.splits=id,ood_dev'), 90, tmp_path

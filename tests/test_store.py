@@ -3,10 +3,10 @@ import os, shutil, subprocess, sys
 from importlib.util import find_spec
 from pathlib import Path
 import pytest
-from rlheals.models import load_model, save_model
-from rlheals.profiles import Run
-from rlheals.store import fetch, fetch_checkpoint, put, read_manifest
-from rlheals.weights import matrices, read
+from rlheals.training.models import load_model, save_model
+from rlheals.training.runs import Run
+from rlheals.core.store import fetch, fetch_checkpoint, put, read_manifest
+from rlheals.analysis.weights import matrices, read
 
 pytestmark = pytest.mark.skipif(
     not (find_spec('moto') and find_spec('s3fs') and find_spec('flask')),

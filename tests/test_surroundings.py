@@ -4,9 +4,11 @@ import json, os, subprocess, sys
 from pathlib import Path
 import pytest
 from rlheals import chain
-from rlheals.chain import ChainError, isolated, job_environment, plan, sft_files
-from rlheals.compare import read_prompts
-from rlheals.profiles import Run
+from rlheals.core.environment import ChainError, isolated, job_environment
+from rlheals.running.plan import plan
+from rlheals.running.tables import sft_files
+from rlheals.beyond.two_checkpoints import read_prompts
+from rlheals.training.runs import Run
 
 ROOT = Path(chain.__file__).parents[1]
 

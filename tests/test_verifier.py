@@ -4,11 +4,14 @@ import json
 import pytest
 from conftest import linear
 from hypothesis import given, settings, strategies as st
-from rlheals.determinant import Determinant
-from rlheals.general_points import FormulaError, GeneralPoints, parse_answer, parse_formula, read_formula
-from rlheals.navigation import Navigation
-from rlheals.rank import Rank
-from rlheals.tasks import Problem, answer_reader, plain_signs, read_integer, seeded
+from rlheals.tasks.matrices import Determinant
+from rlheals.tasks.formulas import FormulaError, parse_answer, parse_formula, read_formula
+from rlheals.tasks.general_points import GeneralPoints
+from rlheals.tasks.navigation import Navigation
+from rlheals.tasks.matrices import Rank
+from rlheals.core.randomness import seeded
+from rlheals.tasks.answers import answer_reader, plain_signs, read_integer
+from rlheals.tasks.protocol import Problem
 
 GP, ALL, BRIEF = GeneralPoints(), GeneralPoints(checks='all'), GeneralPoints('brief')
 HAND, EIGHTS = GP.problem(("5", "J", "3", "A"), "id"), GP.problem(("3", "3", "8", "8"), "id")

@@ -10,8 +10,9 @@ def train(steps, watched):
     "Seconds of one run, and the callback, if it had one."
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
-    from rlheals.during import RotationCallback
-    from rlheals.models import load_model, set_up_torch
+    from rlheals.beyond.during_training import RotationCallback
+    from rlheals.training.computing import set_up_torch
+    from rlheals.training.models import load_model
     set_up_torch(1)
     texts = [f'solve {a} {b} {c} {d} : {{ cards [ {a} {b} {c} {d} ] }}' for a in range(1, 9) for b in range(1, 9)
              for c in range(1, 9) for d in range(1, 9)]

@@ -3,7 +3,8 @@ published tables, and what keeping the axes as pixels is worth."""
 import io, itertools, statistics, time
 from pathlib import Path
 from measure import seconds
-from rlheals.explorer import Explorer, open_tables
+from rlheals.beyond.explorer import Explorer
+from rlheals.beyond.explorer_table import open_tables
 
 LIMIT = .2  # seconds per change
 ROOT = Path(__file__).parents[2]

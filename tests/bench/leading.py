@@ -26,7 +26,7 @@ def best(f, runs=2):  # processor seconds, so that others on the machine do not 
 
 def decompositions():
     import torch
-    from rlheals.spectra import leading_svd, svd
+    from rlheals.analysis.decomposition import leading_svd, svd
     torch.set_num_threads(1)
     g, plainly, whole, part = torch.Generator().manual_seed(0), 0., 0., 0.
     for name, shape in SHAPES.items():

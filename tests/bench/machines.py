@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from safetensors.torch import load_file
-from rlheals.profiles import Run
+from rlheals.training.runs import Run
 
 ROOT = Path(__file__).parents[2]
 CHANGES = ('sft.max_steps=128', 'rl.starts=128', 'rl.updates=10')
@@ -42,7 +42,7 @@ def made(home, environment=(), more=()):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    from rlheals.evaluate import evaluation_parts
+    from rlheals.analysis.evaluation import evaluation_parts
     table = pd.concat(run.load(n) for s in ('sft', 'rl') for n in evaluation_parts(run, s))
     return table[table.metric == 'success'].set_index(['stage', 'checkpoint', 'split', 'episode']).value, {
         p.name: load_file(p / 'model.safetensors')

@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_footprint import peak  # noqa: E402
-from rlheals.footprint import footprint  # noqa: E402
-from rlheals.profiles import Run  # noqa: E402
+from rlheals.running.memory import estimate_memory# noqa: E402
+from rlheals.training.runs import Run# noqa: E402
 
 SETTINGS = (  # a task other than the default stands first
     'rl.updates=2',
@@ -45,6 +45,6 @@ for words in [sys.argv[1:]] if sys.argv[1:] else map(str.split, SETTINGS):
         )
         line = f'{" ".join(words):>60}'
         for stage in (['sft'], ['rl', '--start', '6']):
-            took, planned = peak(run, *stage, '--task', task), footprint(run, stage[0]).total
+            took, planned = peak(run, *stage, '--task', task), estimate_memory(run, stage[0]).total
             line += f'  {took / 2**30:9.2f}  {planned / 2**30:7.2f} ({planned / took - 1:+4.0%})'
         print(line, flush=True)

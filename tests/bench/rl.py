@@ -5,12 +5,15 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 warnings.filterwarnings('ignore')
 import torch
 from measure import seconds
-from rlheals.grpo import train_grpo
-from rlheals.models import encode, load_model, set_up_torch
-from rlheals.ppo import train_ppo
-from rlheals.profiles import Run, load_profile
-from rlheals.rollout import play
-from rlheals.tasks import Episode, load_task, problem_set
+from rlheals.training.grpo import train_grpo
+from rlheals.training.computing import set_up_torch
+from rlheals.training.generation import encode
+from rlheals.training.models import load_model
+from rlheals.training.ppo import train_ppo
+from rlheals.training.rules import load_profile
+from rlheals.training.runs import Run
+from rlheals.training.rollouts import play
+from rlheals.tasks.protocol import Episode, load_task, problem_set
 
 
 threads = int(sys.argv[1]) if len(sys.argv) > 1 else os.cpu_count()

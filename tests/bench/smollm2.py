@@ -7,8 +7,8 @@ answered before and after SFT.
 import argparse, json, re, shlex, shutil
 from pathlib import Path
 import pandas as pd
-from rlheals.footprint import STAGES, seconds_of, this_device
-from rlheals.profiles import Run
+from rlheals.running.duration import STAGES, seconds_of, this_device
+from rlheals.training.runs import Run
 
 ROOT = Path(__file__).parents[2]
 TO = ROOT/'figures'/'smollm2-short'

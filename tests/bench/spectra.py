@@ -57,9 +57,9 @@ def write(home, layers, embeddings):
 def ours(home):
     "The sweep, streamed; its time, that of the decompositions in it, a checksum and the peak memory of this process."
     import torch
-    from rlheals.spectra import decompose, rank_of_share
-    from rlheals.surgery import splices
-    from rlheals.weights import matrices, read
+    from rlheals.analysis.decomposition import decompose, rank_of_share
+    from rlheals.analysis.edits import splices
+    from rlheals.analysis.weights import matrices, read
     torch.set_num_threads(1)
     wall, start, decomposing, points, check = time.perf_counter(), time.process_time(), 0., 0, {}
     donor, target = (matrices(home/k, None) for k in ('donor', 'target'))

@@ -1,18 +1,21 @@
 """What the design choices for speed are worth here: python tests/bench/speed.py prints ratios, measured in one run."""
 import torch
 from measure import seconds
-from rlheals.general_points import GeneralPoints
-from rlheals.models import encode, generate, load_model, set_up_torch
-from rlheals.ppo import score
-from rlheals.profiles import load_profile
-from rlheals.sft import train_sft
-from rlheals.tasks import problem_set, seeded
-from rlheals.views import expert_dataset
+from rlheals.tasks.general_points import GeneralPoints
+from rlheals.training.computing import set_up_torch
+from rlheals.training.generation import encode, generate
+from rlheals.training.models import load_model
+from rlheals.training.logprobs import logprobs_and_values
+from rlheals.training.rules import load_profile
+from rlheals.training.sft import train_sft
+from rlheals.core.randomness import seeded
+from rlheals.tasks.protocol import problem_set
+from rlheals.tasks.gym import expert_dataset
 
 
 def training_step(model, contexts, answers):
     model.zero_grad()
-    score(model, None, contexts, answers, rows=64)[0].sum().backward()
+    logprobs_and_values(model, None, contexts, answers, rows=64)[0].sum().backward()
 
 
 set_up_torch(1)

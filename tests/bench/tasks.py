@@ -5,8 +5,8 @@ from fractions import Fraction
 from itertools import combinations_with_replacement, permutations, product
 import numpy as np
 from rlheals import navigation
-from rlheals.general_points import solve_all
-from rlheals.tasks import TASKS, examples, load_task
+from rlheals.tasks.formulas import solve_all
+from rlheals.tasks.protocol import TASKS, examples, load_task
 
 
 def per_call(f, n):

@@ -5,8 +5,10 @@ from pathlib import Path
 from unittest.mock import patch
 import pytest
 from rlheals import chain, files
-from rlheals.models import ASSETS
-from rlheals.profiles import PROFILES, Run, load_profile
+from rlheals.training.models import ASSETS
+from rlheals.training.rules import load_profile
+from rlheals.training.runs import Run
+from rlheals.training.settings import PROFILES
 
 BIN = Path(sys.executable).parent
 # seen only by loading the model, and to import torch and transformers takes most of five seconds on a small machine
@@ -182,7 +184,7 @@ def test_plans_that_cannot_be(tmp_path, words, says, code):
 def test_a_model_whose_training_does_not_fit(tmp_path):
     """Its weights would, what training keeps beside them would not: on a processor nothing else could be done about it
     than ending the process."""
-    from rlheals.models import ASSETS
+    from rlheals.training.models import ASSETS
     shutil.copytree(ASSETS/'tiny', tmp_path/'model')
     said = refused(
         [

@@ -8,7 +8,7 @@ import psutil
 import pytest
 from conftest import rlheals
 from rlheals import chain, guard
-from rlheals.profiles import Run
+from rlheals.training.runs import Run
 
 BIN, ROOT = Path(sys.executable).parent, Path(__file__).parents[2]
 STRAY = '.*.[0-9a-f]*-[0-9]*-*'  # half-written files

@@ -6,9 +6,11 @@ import pytest
 from conftest import rlheals
 from hypothesis import HealthCheck, given, settings, strategies as st
 from rlheals import chain
-from rlheals.models import ASSETS, load_model, save_model
-from rlheals.profiles import Run, split_changes
-from rlheals.tasks import load_task, seeded
+from rlheals.training.models import ASSETS, load_model, save_model
+from rlheals.training.rules import split_changes
+from rlheals.training.runs import Run
+from rlheals.core.randomness import seeded
+from rlheals.tasks.protocol import load_task
 
 BIN, ROOT = Path(sys.executable).parent, Path(__file__).parents[2]
 TASKS = [
@@ -210,7 +212,7 @@ class Bomb:
 def test_a_pickle_is_not_opened(tmp_path):
     "Neither as weights of a model nor as the state of a run."
     import torch
-    from rlheals.ppo import rl_stage
+    from rlheals.training.rl import rl_stage
     model = shutil.copytree(ASSETS/'tiny', tmp_path/'model')
     (model/'SHA256SUMS').unlink(missing_ok=True); (model/'model.safetensors').unlink()
     (model/'pytorch_model.bin').write_bytes(pickle.dumps(Bomb(tmp_path/'run by weights')))

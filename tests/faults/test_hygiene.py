@@ -2,12 +2,12 @@
 from unittest.mock import patch
 import pytest, torch
 from rlheals import files, ppo, sft
-from rlheals.grpo import grpo_stage
-from rlheals.models import load_model, save_model
-from rlheals.ppo import rl_stage
-from rlheals.profiles import Run
-from rlheals.sft import sft_stage
-from rlheals.tasks import Verdict
+from rlheals.training.grpo import grpo_stage
+from rlheals.training.models import load_model, save_model
+from rlheals.training.rl import rl_stage
+from rlheals.training.runs import Run
+from rlheals.training.sft import sft_stage
+from rlheals.tasks.protocol import Verdict
 
 STAGES = dict(sft=sft_stage, rl=lambda run: rl_stage(run, 4), grpo=lambda run: grpo_stage(run, 4))
 NAMES = dict(sft='sft', rl='rl-000004', grpo='grpo-000004')

@@ -2,7 +2,7 @@
 import pytest
 from conftest import rlheals
 from test_faults import results
-from rlheals.profiles import Run
+from rlheals.training.runs import Run
 
 
 def made(home, profile, jobs):
