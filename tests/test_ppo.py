@@ -83,9 +83,8 @@ def test_sampled_tokens_follow_the_scored_probabilities(tiny):
     context = encode(tok, ['solve 5 11 3 1 :'])
     first = np.array([a[0] for a in generate(model, tok, [context] * 4000, 1, temperature=.7, seed=1)])
     with torch.no_grad():
-        probability = np.exp(
-            logprobs_and_values(model, None, [context] * len(tok), [[t] for t in range(len(tok))], temperature=0.7)[0].numpy()
-        )
+        answers = [[t] for t in range(len(tok))]
+        probability = logprobs_and_values(model, None, [context] * len(tok), answers, temperature=.7)[0].exp().numpy()
     assert probability.sum() == pytest.approx(1, abs=1e-4)
     error = np.sqrt(probability * (1 - probability) / len(first))
     assert (abs(np.bincount(first, minlength=len(tok)) / len(first) - probability) <= 5 * error + 1e-3).all()

@@ -29,14 +29,19 @@ ANSWERS = ['( 5 + 3 )', '11 - 1', '5 * 5 - 1 <end>']
 TWO = '''
 import json, math, sys, torch
 from pathlib import Path
-import rlheals.ppo
-from rlheals.general_points import GeneralPoints
-from rlheals.models import encode, generate, load_model, set_up_torch
-from rlheals.ppo import score, train_ppo
-from rlheals.grpo import train_grpo
-from rlheals.profiles import Run, keep_stopped, load_profile
-from rlheals.tasks import Problem, Task, Verdict
-from rlheals.sharding import gathered, is_sharded, own, processes
+import rlheals.training.ppo, rlheals.training.logprobs
+from rlheals.tasks.general_points import GeneralPoints
+from rlheals.training.generation import encode, generate
+from rlheals.training.models import load_model
+from rlheals.training.computing import set_up_torch
+from rlheals.training.logprobs import logprobs_and_values
+from rlheals.training.ppo import train_ppo
+from rlheals.training.grpo import train_grpo
+from rlheals.training.runs import Run
+from rlheals.training.launching import keep_stopped
+from rlheals.training.rules import load_profile
+from rlheals.tasks.protocol import Problem, Task, Verdict
+from rlheals.core.distributed import gathered, is_sharded, local_shard, processes
 home, settings, answers = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
 set_up_torch(1)
 def fresh(precision='float32'):

@@ -2,7 +2,7 @@
 import json, re, shutil
 from pathlib import Path
 import pytest
-from rlheals import site
+from rlheals import site  # TODO
 from rlheals.running.site import ROOT, broken_links, build_site, entries, find_example, read_pages
 
 
@@ -131,7 +131,7 @@ def test_a_notebook_with_a_broken_link_is_refused(tmp_path, text, says):
 
 def test_the_command(monkeypatch, tmp_path):
     from typer.testing import CliRunner
-    from rlheals.running.command_line import app
+    from rlheals.running.cli import app
 
     docs = lambda result: (
         monkeypatch.setattr(site, 'build_site', lambda out: result),

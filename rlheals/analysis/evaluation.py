@@ -60,7 +60,8 @@ def evaluate(
             tokenizer.encode(task.expert(s, rng), add_special_tokens=False) + [tokenizer.eos_token_id] for _, s in way
         ]
         with torch.no_grad():
-            logp = logprobs_and_values(model, None, [encode(tokenizer, [task.prompt(s)]) for _, s in way], experts)[0].tolist()
+            prompts = [encode(tokenizer, [task.prompt(s)]) for _, s in way]
+            logp = logprobs_and_values(model, None, prompts, experts)[0].tolist()
         loss, tokens = [0.] * len(problems), [0] * len(problems)
         for (k, _), expert, lp in zip(way, experts, logp): loss[k] -= lp; tokens[k] += len(expert)
         for k, e in enumerate(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Part', 'Stored', 'FLOATS', 'parse_name', 'parts', 'locate', 'check_parts', 'read_json', 'safetensors_files',
-           'from_safetensors', 'as_weights']
+           'from_safetensors', 'as_weights', 'rounded', 'rounding']
 
 # %% ../../nbs/3_analysis/03_formats.ipynb #8f6fd27a
 import json, re
@@ -203,3 +203,31 @@ def _widened(t, scale, block, refuse):
         )
 
     return Stored(t.shape, read, t.dtype)
+
+# %% ../../nbs/3_analysis/03_formats.ipynb #d7bad6ab
+def rounded(
+    W,  # a matrix
+    dtype: str,  # of `FLOATS`
+):  # of the type of W
+    "A matrix as it is after it was stored in another type; float8 with one scale."
+    import torch
+    kind = getattr(torch, dtype)
+    if kind.itemsize > 1: return W.to(kind).to(W)
+    scale = W.abs().max().clamp(min=torch.finfo(torch.float32).tiny) / torch.finfo(kind).max
+    return (W / scale).to(kind).to(W) * scale
+
+# %% ../../nbs/3_analysis/03_formats.ipynb #311cdf22
+def rounding(
+    W, W_new,  # a matrix before and after
+    dtype: str, dtype_new: str,  # that they were stored in
+) -> tuple[float, bool]:  # relative change; NaN if it is not known
+    "How far storing alone moves a matrix, if the types differ, and whether that is all that happened to it."
+    import torch
+    if dtype == dtype_new: return 0., False
+    if not {dtype, dtype_new} <= set(FLOATS.values()): return float('nan'), False
+    narrow = max(dtype, dtype_new, key=lambda t: torch.finfo(getattr(torch, t)).eps)
+    wide, other = (W, W_new) if narrow == dtype_new else (W_new, W)
+    stored = rounded(wide, narrow)
+    far = ((stored - wide).norm() / wide.norm()).item() if wide.any() else 0.
+    if not narrow.startswith('float8'): return far, torch.equal(stored, other)
+    return far, bool((other - wide).norm() <= 1.2 * far * wide.norm())  # its scales may be finer or coarser

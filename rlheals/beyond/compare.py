@@ -261,7 +261,8 @@ def _write(tables, given, share, dtype, out, notes, say, leading):  # the figure
     cells = [cell.new_markdown_cell(f"# {Path(given['tuned']).name} compared with "
                                     f"{Path(given['base']).name}\n\n{words['summary']}\n\nMade by `rlheals compare`; "
                                     "the numbers behind every sentence are in the tables beside this notebook."),
-             cell.new_code_cell("import pandas as pd\nfrom rlheals.results import any_two_checkpoints, do_hidden_states_drift, "
+             cell.new_code_cell("import pandas as pd\n"
+                                "from rlheals.results import any_two_checkpoints, do_hidden_states_drift, "
                                 "values_or_directions\n\ndef table(name): "
                                 "return pd.read_parquet(f'{name}.parquet')\n"
                                 "table('matrices').groupby('kind')[['change', 'spectrum_change', "

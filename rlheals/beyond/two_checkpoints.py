@@ -8,7 +8,7 @@ __all__ = ['RESOLVED', 'PROMPTS', 'matrix_rows', 'read_prompts', 'divergence', '
 # %% ../../nbs/5_beyond/10_two_checkpoints.ipynb #884fe9ed
 from pathlib import Path
 from ..core.randomness import hash64
-from ..analysis.weights import rounding
+from ..analysis.formats import rounding
 from ..analysis.decomposition import full_precision, rank_of_share
 from ..analysis.rotation import PARTS, numerical_rank, principal_angles, rotation_split, subspace_distance
 from ..analysis.measures import forward_divergence, intruder_dimensions, share_moved, stable_rank

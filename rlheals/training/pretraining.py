@@ -17,7 +17,7 @@ from .computing import set_up_torch
 from .models import attention
 from .generation import encode, generate
 from .vocabulary import world_tokenizer
-from .pretraining_texts import MIXES, any_formula, document, joined_by_spaces, misread_numbers
+from .pretraining_texts import MIXES, any_formula, document, text_of, misread_numbers
 
 # %% ../../nbs/2_training/12_pretraining.ipynb #19f661c3
 PRETRAINING = dict(steps=24000, batch=64, lr=2e-3, warmup=.05, switch=.6, weight_decay=.01, threads=2, seed=0,
@@ -164,7 +164,7 @@ def examine(
                 a.split() == list(map(str, v))
                 for a, v in zip(ask([p.replace('play', 'read') for p in prompts], 8), values)
             ),
-            solve=right(ask([f'solve {joined_by_spaces(v)} :' for v in values], 20), values),
+            solve=right(ask([f'solve {text_of(v)} :' for v in values], 20), values),
             make=right([m[2] for m in made], [m[0].split() for m in made]),
             task=share(task.verify(p, a).correct for p, a in zip(problems, ask(prompts, 40))),
             revise=share(

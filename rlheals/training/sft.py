@@ -40,7 +40,9 @@ def mean_loss(
             n = int((batch['labels'][:, 1:] != -100).sum()) if mine else 0
             total, tokens = total + model(**batch).loss.item() * n, tokens + n
     model.train(was_training)
-    if us: total, tokens = all_reduce_sum(torch.tensor([total, tokens], dtype=torch.float64, device=model.device)).tolist()
+    if us:
+        both = torch.tensor([total, tokens], dtype=torch.float64, device=model.device)
+        total, tokens = all_reduce_sum(both).tolist()
     return total / tokens
 
 # %% ../../nbs/2_training/13_sft.ipynb #3641465a
@@ -135,7 +137,9 @@ def train_sft(
                 loss = step(model, inputs, num_items_in_batch)
             # all or none stop
             check_finite(
-                all_reduce_sum(loss) if is_sharded(model) else loss, f'the loss at SFT step {self.state.global_step}', lower
+                all_reduce_sum(loss) if is_sharded(model) else loss,
+                f'the loss at SFT step {self.state.global_step}',
+                lower,
             )
             return loss
 

@@ -4,7 +4,8 @@ import json, os, resource, shutil, subprocess, sys
 from pathlib import Path
 from unittest.mock import patch
 import pytest
-from rlheals import chain, files
+from rlheals.running.workflow import execute
+from rlheals.core import files
 from rlheals.training.models import ASSETS
 from rlheals.training.rules import load_profile
 from rlheals.training.runs import Run
@@ -315,7 +316,7 @@ def test_checkpoints_that_do_not_fit_on_the_disk(tmp_path):
             ValueError, match='the 6 checkpoints of this run need .* and the disk of .* has 1.0 MB left: free some'
         ),
     ):
-        chain.execute(run, say=lambda line: None)
+        execute(run, say=lambda line: None)
     assert not [*tmp_path.rglob('*.parquet')]
 
 
