@@ -278,7 +278,7 @@ def reading_s3(
             else f"not sure (Holm p = {r['p_holm']:.2g})"
         )
         out.append(
-            said
-            + f"{in_points(r)} of OOD accuracy at equal ID accuracy, {r['seeds']:.0f} of {r['of']:.0f} seeds; {verdict}."
+            f"{said}{in_points(r)} of OOD accuracy at equal ID accuracy, {r['seeds']:.0f} of {r['of']:.0f} seeds; "
+            f"{verdict}."
         )
     return '\n'.join(f'- {line}' for line in out)

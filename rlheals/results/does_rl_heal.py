@@ -146,7 +146,9 @@ def reading_f1(data):
         f"{listed(int(r['checkpoint']) for r in rl)}; not corrected for their number)."
     )
     others = [
-        f'{label} {spoken(r)}' for m, (label, *_) in BASELINES.items() for r in rows_where(data, stage=m, checkpoint=last)
+        f'{label} {spoken(r)}'
+        for m, (label, *_) in BASELINES.items()
+        for r in rows_where(data, stage=m, checkpoint=last)
     ]
     return out + f" As much training without RL, from the last checkpoint: {', '.join(others)}." * bool(others)
 

@@ -109,8 +109,10 @@ def figure(
     across_tasks: bool = False,  # does it show several tasks, where the tables hold them?
     on_request: bool = False,  # is it drawn only where it is asked for, because it takes training of its own?
 ):
-    """Decorator of a function from tables to (matplotlib figure, DataFrame of the numbers drawn), whose docstring is the
-    caption: check the tables, draw in our style, and register the figure if it has a name.
+    """Decorator: check the tables, draw in our style, and register the figure if it has a name.
+
+    It decorates a function from tables to (matplotlib figure, DataFrame of the numbers in it), whose docstring is the
+    caption.
 
     The decorated function has all of these as attributes, and `reads`, a decorator of the function that says in words
     what the figure shows, from the DataFrame; it becomes the attribute `reading`."""
