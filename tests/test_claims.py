@@ -192,7 +192,7 @@ def test_what_is_published_is_what_the_command_wrote():
 def test_verdicts_beside_the_figures_are_the_commands():
     """The gallery says of each claim, under each figure that bears on it, what `rlheals claims` finds in the episodes
     beside the figures."""
-    from rlheals.running.gallery import BEARS_ON
+    from rlheals.running.figures import FIGURES
     from rlheals.results.style import TASK_NAMES
     cells = json.loads((ROOT/'nbs'/'gallery.ipynb').read_text())['cells']
     text = '\n'.join(
@@ -208,7 +208,7 @@ def test_verdicts_beside_the_figures_are_the_commands():
     for part in re.split(r'^### ', text, flags=re.M)[1:]:
         figure = part.split(':')[0]
         for claim, verdicts in re.findall(r'\*\*(C\d+)\*\* \([^)]*\): ([^.;]*)', part):
-            assert claim in BEARS_ON[figure]
+            assert claim in FIGURES[figure].claims
             assert verdicts == ', '.join(f'{TASK_NAMES[t]} {v}' for t, v in found[claim].items()), (figure, claim)
             said += 1
-    assert said == sum(map(len, BEARS_ON.values()))
+    assert said == sum(len(f.claims) for f in FIGURES.values())
