@@ -18,21 +18,21 @@ from ..tasks.navigation import Navigation, route
 from ..tasks.matrices import Determinant, Rank, brief_number, expansion, shown
 
 # %% ../../nbs/2_training/11_pretraining_texts.ipynb #0299ea81
-MIXES = {  # share of each kind of document; the first mix is for the first `switch` of the steps
+MIXES = {  # share of each kind of document; `early` is for the first share `switch` of the steps
     'early': dict(solve=.45, read=.12, step=.09, rank=.1, determinant=.14, sums=.1),
     'late': dict(solve=.1, make=.36, write=.22, read=.02, step=.09, rank=.09, determinant=.12),
-    # after them, with a cycle of its own
+    # second cycle, with its own learning rate schedule
     'revise': dict(revise=.5, solve=.05, make=.12, write=.1, read=.02, step=.05, rank=.05, determinant=.11),
 }
 def random_rule(rng: random.Random) -> dict:
-    "What J, Q and K count: all ten (20 %), 11-12-13 (25 %), or anything of 1-13."
+    "Values of J, Q and K: all ten (20 %), 11-12-13 (25 %), or random values of 1-13."
     u = rng.random()
     return dict(RULES['id']) if u < .2 else dict(RULES['ood']) if u < .45 else {f: rng.randint(1, 13) for f in FACES}
 
 # %% ../../nbs/2_training/11_pretraining_texts.ipynb #5d797b27
 @lru_cache(maxsize=None)
 def known_formulas(values: tuple) -> tuple:  # values: four sorted numbers
-    "The formulas of a set of numbers as words; none for the sets kept aside as novel."
+    "All formulas for a set of numbers, as words; none for the sets held out as novel."
     if is_novel(values): return ()
     return tuple(map(spaced, solve(values)))
 
@@ -162,14 +162,14 @@ def _form(rng):  # a form of answer to a hand: its fields, and a function that w
 
 # %% ../../nbs/2_training/11_pretraining_texts.ipynb #4a749c38
 def misread_numbers(rng, cards, values):
-    "Numbers that are not those of the hand: face cards read as tens, or one or two others."
+    "Wrong numbers for a hand: face cards read as tens, or one or two numbers changed."
     if rng.random() < .5 and (tens := [10 if c in FACES else v for c, v in zip(cards, values)]) != values: return tens
     said = list(values)
     for k in rng.sample(range(4), rng.choice((1, 1, 2))): said[k] = rng.randint(1, 13)
     return said if sorted(said) != sorted(values) else misread_numbers(rng, cards, values)
 
 # %% ../../nbs/2_training/11_pretraining_texts.ipynb #c28a5b84
-def any_formula(rng, values):  # one that makes 24, where there is one
+def any_formula(rng, values):  # a formula that makes 24 if there is one, else any
     if found := known_formulas(tuple(sorted(values))): return rng.choice(found)
     return spaced(
         rng.choice(bracketings(4)).format(
@@ -224,7 +224,7 @@ def document(
     kind: str,  # `solve`, `read`, `make`, `write`, `revise`, `step`, `rank`, `determinant` or `sums`
     rng: random.Random,
 ) -> list[tuple[str, bool]]:
-    "One document of the world: (text, learn?) pieces."
+    "One pretraining document, as (text, learn?) pieces."
     if kind == 'solve':
         values, formula = _numbers(rng)
         return _asked(f'solve {text_of(values)} :', f'{formula} = 24')
@@ -254,7 +254,7 @@ def _piece_or_cards(kind, rng):
         return _answered(rng, 'make ' + prompt, f'{text_of(values)} so {formula} = 24', wrong)
     fields = rng.choice((('cards',), ('number',), ('cards', 'number')))
     def piece(**has): return f"{{ {text_of(f'{f} [ {text_of(has[f])} ]' for f in fields)} }}"
-    def wrong():  # one card or number is another
+    def wrong():  # one card or number is changed
         said, why = dict(cards=list(cards), number=list(values)), rng.choice(fields)
         said[why][rng.randrange(4)] = rng.choice(RANKS) if why == 'cards' else rng.randint(1, 13)
         return (piece(**said), why) if said != dict(cards=list(cards), number=list(values)) else wrong()
