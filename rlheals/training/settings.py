@@ -206,7 +206,7 @@ SETTINGS['rl'] |= dict(
     value_learning_rate=Setting(3e-3, 'learning rate of the value head', above(0), paper=1e-6),
     adam_eps=Setting(1e-7, "Adam's epsilon", above(0), paper=1e-7),
     clip=Setting(0.1, "how far a response's probability ratio may move from 1", above(0), paper=0.1),
-    value_clip=Setting(0.1, 'move of the value in an update beyond which its loss is clipped; 0: no limit', at_least(0)),
+    value_clip=Setting(0.1, 'move of the value in an update beyond which its loss is clipped; 0: none', at_least(0)),
     # at rewards of 5, 0.5 drowns the gradient of the policy in a trunk as small as this one
     value_coef=Setting(0.02, 'weight of the value loss', at_least(0), paper=0.5),
     # the official configuration has 0.01, but the loss that its code optimises has no such term
