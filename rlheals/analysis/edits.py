@@ -7,7 +7,7 @@ __all__ = ['TAKES', 'PLACES', 'reconstruct', 'chosen', 'splice', 'polar', 'splic
            'random_rotation', 'random_parameters', 'edit_matrix', 'how_far']
 
 # %% ../../nbs/3_analysis/10_edits.ipynb #07114a19
-from ..training.rules import EDITS
+from ..training.settings import EDITS
 from .decomposition import full_precision, svd
 from .rotation import principal_angles
 

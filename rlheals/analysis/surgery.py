@@ -10,7 +10,7 @@ from dataclasses import replace
 from ..core.randomness import hash64
 from ..training.computing import pick_device, set_up_torch
 from ..training.models import load_model, save_model
-from ..training.rules import EDITS
+from ..training.settings import EDITS
 from ..training.runs import Run
 from .evaluation import evaluate_run, evaluation_parts
 from .statistics import landmarks

@@ -9,7 +9,7 @@ __all__ = ['VERDICTS', 'UNITS', 'judge_part', 'judge', 'ledger', 'ledger_rows']
 import numpy as np
 from .testing import ALPHA, holm, spread
 from .evidence import arrays
-from .claims import CLAIMS, CONDITIONS, Part
+from .claims import CLAIMS, PREREQUISITES, Part
 
 # %% ../../nbs/4_results/16_verdicts.ipynb #4d3d46b6
 VERDICTS = ('not replicated', 'inconclusive', 'replicated')
@@ -36,10 +36,8 @@ def judge(
     for name in claims:
         claim = CLAIMS[name]
         if claim.needs and claim.needs not in met:
-            met[claim.needs] = (
-                judge_part(Part('', '>', 0, refuted=0), *(v[..., 1:] for v in CONDITIONS[claim.needs][0](d)))['p_for']
-                < ALPHA
-            )
+            needed = (v[..., 1:] for v in PREREQUISITES[claim.needs][0](d))
+            met[claim.needs] = judge_part(Part('', '>', 0, refuted=0), *needed)['p_for'] < ALPHA
         ok = met[claim.needs] if claim.needs else np.array(True)
         # the first seed only chooses
         parts = [judge_part(part, x[..., 1:], w[..., 1:]) for part, (x, w) in zip(claim.parts, claim.numbers(d))]
@@ -72,7 +70,7 @@ def _in_words(part, p):
 
 # %% ../../nbs/4_results/16_verdicts.ipynb #1e6d4adc
 def _why(claim, got):  # the reason of a verdict
-    if not got['met']: return CONDITIONS[claim.needs][1]
+    if not got['met']: return PREREQUISITES[claim.needs][1]
     if got['verdict'] > 0: return ''
     if got['verdict'] < 0: return 'refuted: ' + claim.parts[int(np.argmin([p['p_against'] for p in got['parts']]))].name
     open_ = [part.name for part, p in zip(claim.parts, got['parts']) if p['p_for'] >= ALPHA]
