@@ -231,10 +231,8 @@ def docs(
     open: Annotated[bool, typer.Option('--open', help='Show it in a browser.')] = False,
 ):
     "The notebooks as a site, with an API page per module and search; every link is checked."
-    from rlheals.running.site import SiteError, build_site
-    try: folder, made, broken = build_site(out or None)
-    except SiteError as e: fail(e, 1)
-    for page, link, why in broken: typer.secho(f'{page}: {link}: {why}', fg='red', err=True)
-    if broken: raise typer.Exit(1)
-    typer.echo(f'{len(made.pages)} notebooks, no broken link: {os.path.relpath(folder)}/index.html')
+    from rlheals.running.site import build_site
+    try: folder = build_site(out)
+    except RuntimeError as e: fail(e, 1)
+    typer.echo(f'every link works: {os.path.relpath(folder)}/index.html')
     if open: typer.launch(str(folder/'index.html'))
