@@ -13,15 +13,15 @@ from contextlib import contextmanager, nullcontext
 
 # %% ../../nbs/0_core/03_distributed.ipynb #2cabb4b2
 def processes(
-    device: str = '',  # `cpu`, if the model is there (asked at the first call only)
+    device: str = '',  # `cpu` if the model is on the CPU (only the first call reads it)
 ):
-    "The processes that train together, as accelerate knows them: one, unless started by `accelerate launch`."
+    "The state of the processes that train together: one process unless started by `accelerate launch`."
     from accelerate import PartialState
     return PartialState(cpu=device == 'cpu')
 
 # %% ../../nbs/0_core/03_distributed.ipynb #3294cf8b
 def is_sharded(model) -> bool:
-    "Does each of several processes hold only a part of the weights?"
+    "Whether each of several processes holds only a shard of the weights."
     from torch.distributed.fsdp import FSDPModule
     return isinstance(model, FSDPModule) or any(hasattr(p, 'ds_id') for p in model.parameters())  # ds_id: DeepSpeed's
 
@@ -32,13 +32,13 @@ def local_shard(p):
 
 # %% ../../nbs/0_core/03_distributed.ipynb #297c7fd9
 def all_reduce_sum(x):
-    "The sum of a tensor over all processes; in one process the tensor itself."
+    "The sum of a tensor over all processes; with one process, the tensor itself."
     from accelerate.utils import reduce
     return reduce(x, 'sum')
 
 # %% ../../nbs/0_core/03_distributed.ipynb #8e7861f8
 def computing(model):
-    "A context in which a model computes in the precision that it was loaded for; a sharded one does by itself."
+    "A context in which a model computes in the precision it was loaded for; sharded models do so by themselves."
     import torch
     dtype = getattr(model, 'computes_in', None)
     return nullcontext() if dtype is None or is_sharded(model) else torch.autocast(model.device.type, dtype)
@@ -46,15 +46,16 @@ def computing(model):
 # %% ../../nbs/0_core/03_distributed.ipynb #aefa76f8
 def in_step(
     model,
-    function,  # takes the model, and more
+    function,  # function that takes the model and further arguments
 ):
-    """The function, for a call with all but the model; a sharded model's outermost weights are gathered for it, as for
-    `forward`. All processes must call it."""
+    """Bind a function to the model; the outermost weights of a sharded model are gathered for it, as for `forward`.
+
+    All processes must call it."""
     from functools import partial
     from types import MethodType
     if not is_sharded(model): return partial(function, model)
     from torch.distributed.fsdp import register_fsdp_forward_method
-    name = f'in_step_{id(function)}'  # the model holds on to the function, so no other can get its number
+    name = f'in_step_{id(function)}'  # the model keeps the function alive, so its id stays unique
     if not hasattr(model, name):
         setattr(model, name, MethodType(function, model))
         register_fsdp_forward_method(model, name)
@@ -62,8 +63,9 @@ def in_step(
 
 # %% ../../nbs/0_core/03_distributed.ipynb #2702f802
 def recompute(model):
-    """Let a model in evaluation mode compute activations twice, too, where it is to do so in training: its layers, not
-    what is in them (dropout)."""
+    """Make a model in evaluation mode use its gradient checkpointing as well.
+
+    This sets the layers to training mode, but not the modules inside them (dropout)."""
     import torch
     from transformers.modeling_layers import GradientCheckpointingLayer
     if model.is_activation_checkpointing and torch.is_grad_enabled():
@@ -73,7 +75,7 @@ def recompute(model):
 # %% ../../nbs/0_core/03_distributed.ipynb #6bd22781
 @contextmanager
 def gathered(model):
-    "Around passes without gradients: each process has all the weights, so that the processes need not keep in step."
+    "Hold all weights in each process for passes without gradients, so that processes need not keep in step."
     if not is_sharded(model): yield; return
     from torch.distributed.fsdp import FSDPModule
     parts = [m for m in model.modules() if isinstance(m, FSDPModule)]

@@ -18,28 +18,28 @@ from ..beyond.what_rl_heals import PARTS, healing
 from .tables import load_tables, provenance, tables_of
 
 # %% ../../nbs/6_running/09_development.ipynb #780af3a4
-def _by_seed(table, stage, split, metric):  # percent: seed -> checkpoint
+def _by_seed(table, stage, split, metric):  # table in percent: seed by checkpoint
     t = table[(table.stage == stage) & (table.split == split) & (table.metric == metric)]
     return 100 * t.pivot_table(index='seed', columns='checkpoint', values='value')
-def _episodes(table, stage, split, metric, step):  # percent: per seed, its episodes
+def _episodes(table, stage, split, metric, step):  # percent: for each seed, the values of its episodes
     t = table[(table.stage == stage) & (table.split == split) & (table.metric == metric) & (table.checkpoint == step)]
     return [100 * s.to_numpy(float) for _, s in t.groupby('seed')['value']]
 
 # %% ../../nbs/6_running/09_development.ipynb #71d9b5f0
 def preconditions(
-    evaluation,  # DataFrame: the evaluation of SFT and, for what concerns RL, of RL; all seeds
-    rl_log=None,  # DataFrame: RL's logs
+    evaluation,  # DataFrame: evaluation of SFT, and of RL for the preconditions on RL; all seeds
+    rl_log=None,  # DataFrame: logs of RL
 ):
-    """What must hold for the paper's question to be asked, one row each.
+    """The preconditions for asking the paper's question: DataFrame, one row each.
 
-    `precondition`; `value`, the mean over seeds (of accuracies: in percent); `low`, `high`, its 95 % interval, where it
-    is measured in each seed; `by_seed`; `wanted`; `holds`."""
+    Columns: `precondition`; `value`, the mean over seeds (accuracies in percent); `low` and `high`, its 95 % interval
+    if it is measured per seed; `by_seed`; `wanted`; `holds`."""
     import pandas as pd
     at, out = landmarks(evaluation), []
     ood, id_ = (_by_seed(evaluation, 'sft', split, 'success') for split in ('ood', 'id'))
     steps, top, end, last = np.array(ood.columns), at['max_ood'], at['end'], at['last']
     peak, left, final = (ood[step].mean() for step in (top, end, last))
-    def add(name, samples, wanted, holds):  # samples: per seed, a value or those of its episodes or runs
+    def add(name, samples, wanted, holds):  # samples: per seed, one value, or the values of its episodes or runs
         samples = [np.atleast_1d(s) for s in samples]
         values = [s.mean() for s in samples]
         mean = float(np.mean(values))
@@ -74,12 +74,12 @@ def preconditions(
     return pd.DataFrame(out)
 
 # %% ../../nbs/6_running/09_development.ipynb #68dd9c96
-_MORE = ('revision', 'all_first_try', 'all_success')  # metrics whose change is shown as it is
+_MORE = ('revision', 'all_first_try', 'all_success')  # metrics whose change is shown without decomposition
 
 # %% ../../nbs/6_running/09_development.ipynb #c53c534a
 def _gap(start, end, draws=400):
-    # of one metric: mean over the seeds, low, high; the episodes do not pair, as revision has no row where the
-    # first answer was right
+    # change of one metric: mean over seeds, low, high; episodes are not paired, because revision has no row if the
+    # first answer was correct
     from scipy import stats
     found, spread = [], []
     for seed, a in start.groupby('seed'):
@@ -97,12 +97,12 @@ def _gap(start, end, draws=400):
 
 # %% ../../nbs/6_running/09_development.ipynb #1eab7e41
 def gains(
-    evaluation,  # DataFrame: the evaluations of SFT and RL, all seeds
+    evaluation,  # DataFrame: evaluation of SFT and RL, all seeds
 ):
-    """What RL changes, per start and split, in points with 95 % intervals.
+    """The changes due to RL, per start and split, in points with 95 % intervals.
 
-    `success`, `first_try` and the four parts of `healing`; `revision`; and `all_first_try`, `all_success`, judged by
-    all three fields."""
+    They are those of `success`, `first_try` and the four parts of `healing`; of `revision`; and of `all_first_try` and
+    `all_success`, judged by all three fields."""
     import pandas as pd
     parts, out = healing(evaluation), []
     more = evaluation[evaluation.metric.isin(_MORE)]
@@ -114,10 +114,10 @@ def gains(
 
 # %% ../../nbs/6_running/09_development.ipynb #e5b30a07
 def side_by_side(
-    table,  # of `gains`
-    split: str = 'ood',
+    table,  # DataFrame: result of `gains`
+    split: str = 'ood',  # split to show
 ):
-    """One row per start, one column per kind of gain, each as `mean [low, high]` in points."""
+    """The gains as text, `mean [low, high]` in points: one row per start, one column per kind of gain."""
     mine = table[table.split == split]
     text = [f'{m:+.1f} [{low:+.1f}, {high:+.1f}]' for m, low, high in zip(mine['mean'], mine.low, mine.high)]
     t = mine.assign(text=text).pivot(index='checkpoint', columns='part', values='text')
@@ -125,12 +125,12 @@ def side_by_side(
 
 # %% ../../nbs/6_running/09_development.ipynb #c0c94bc7
 def choose_end(
-    evaluation,  # DataFrame: the evaluations of SFT and RL, all seeds
+    evaluation,  # DataFrame: evaluation of SFT and RL, all seeds
 ) -> int:
-    """SFT_End by the rule fixed beforehand.
+    """Choose SFT_End by the rule fixed beforehand.
 
     Of the SFT checkpoints after the OOD peak from which RL starts, it is the one from which RL restores most OOD
-    accuracy within the tries (mean over the seeds). `ValueError` if RL starts from none after the peak."""
+    accuracy within the tries (mean over seeds). Raises `ValueError` if RL starts from none after the peak."""
     top = landmarks(evaluation)['max_ood']
     sft, rl = (_by_seed(evaluation, stage, 'ood', 'success').mean() for stage in ('sft', 'rl'))
     gain = (rl - sft).dropna()
@@ -147,15 +147,15 @@ def _check_splits(run):
 
 # %% ../../nbs/6_running/09_development.ipynb #65dbb387
 def write_development(
-    run: Run,  # with `eval.splits=id,ood_dev`
-    seeds: list[int],  # 90 and up
-    name: str,  # of the files in `folder`
-    folder=FOLDER,
+    run: Run,  # development run, with `eval.splits=id,ood_dev`
+    seeds: list[int],  # development seeds, 90 and up
+    name: str,  # name of the files, without suffix
+    folder=FOLDER,  # directory for the files
 ):
-    """Write what a development run says of the preconditions and of RL's gains.
+    """Write the preconditions and gains of a development run; return the path of `NAME.csv`.
 
     `NAME.csv` has the preconditions, `NAME-gains.csv` the gains, `NAME-curves.csv` the mean of every metric at every
-    checkpoint, `NAME.json` where they come from. `ValueError` if the run looks at the test problems or lacks tables."""
+    checkpoint, `NAME.json` the provenance. Raises `ValueError` if the run uses the test problems or lacks tables."""
     import pandas as pd
     _check_splits(run)
     runs = [replace(run, seed=s) for s in seeds]
@@ -175,14 +175,14 @@ def write_development(
 
 # %% ../../nbs/6_running/09_development.ipynb #889c2156
 def compare_regimes(
-    runs: dict,  # what is different about it -> Run with `eval.splits=id,ood_dev`
-    seeds: list[int],  # 90 and up
-    folder=FOLDER,  # gets `NAME.csv`
-    name: str = 'regimes',
+    runs: dict,  # label -> Run with `eval.splits=id,ood_dev`
+    seeds: list[int],  # development seeds, 90 and up
+    folder=FOLDER,  # directory for `NAME.csv`
+    name: str = 'regimes',  # name of the file, without suffix
 ):
-    """The preconditions that concern SFT, side by side for several settings or tasks: DataFrame, one row each.
+    """Compare the preconditions on SFT between settings or tasks: DataFrame, one row each.
 
-    A star marks what does not hold. `ValueError` if a run looks at the test problems."""
+    A star marks those that do not hold. Raises `ValueError` if a run uses the test problems."""
     import pandas as pd
     out = []
     for regime, run in runs.items():

@@ -29,7 +29,7 @@ from .checks import check_memory, discard, drop_shards, find_damaged
 from .plan import ASKS, plan, progress_file, seconds, snakemake
 
 # %% ../../nbs/6_running/08_workflow.ipynb #659a471e
-def _failures(run, base, since):  # what the logs of failed jobs end with
+def _failures(run, base, since):  # the errors at the end of the logs of failed jobs
     out = []
     for log in sorted(base.rglob('logs/*.log')):
         text = log.read_text(errors='replace')
@@ -42,7 +42,7 @@ def _failures(run, base, since):  # what the logs of failed jobs end with
     return out
 
 # %% ../../nbs/6_running/08_workflow.ipynb #c8c86ad5
-def _ended(log):  # jobs that SLURM has ended, and what would give them more
+def _ended(log):  # advice on jobs that SLURM ended for lack of time or memory
     found = dict.fromkeys(
         re.findall(
             r"Error in rule ([a-z]+)_\w+:\n\s+message: SLURM-job '\d+' failed, SLURM status is: "
@@ -59,12 +59,12 @@ def _ended(log):  # jobs that SLURM has ended, and what would give them more
 
 # %% ../../nbs/6_running/08_workflow.ipynb #68676c11
 def command(
-    run: Run,
-    tasks,  # names
-    seeds: int,
+    run: Run,  # run to make
+    tasks,  # names of tasks
+    seeds: int,  # number of seeds
     *more: str,  # further flags
 ) -> str:
-    "The command line that makes a run, for people to paste."
+    "The command line that makes a run, for users to paste."
     words = [
         'rlheals',
         'reproduce',
@@ -81,21 +81,21 @@ def command(
 
 # %% ../../nbs/6_running/08_workflow.ipynb #974dce5b
 def execute(
-    run: Run,
-    seeds: int = 1,
-    jobs: int | None = None,  # side by side (default: all cores; with SLURM 100)
+    run: Run,  # run to make
+    seeds: int = 1,  # number of seeds
+    jobs: int | None = None,  # number of jobs side by side (default: one per core; with SLURM 100)
     targets=(),  # files to make (default: everything)
-    tasks=(),  # names (default: the run's own)
-    say=print,  # takes one line of text
-    live: bool = False,  # draw bars on the terminal instead of printing a line per job
-    repair: bool = False,  # delete finished files that are damaged, and make them again
-    executor: str = 'local',  # where jobs run: `local`, on this machine, or `slurm`
-    store: str = '',  # URL of a place where finished files are kept, too; what is missing here is fetched from it
+    tasks=(),  # names of tasks (default: the run's own)
+    say=print,  # function that reports one line of text
+    live: bool = False,  # draw progress bars instead of printing a line per job
+    repair: bool = False,  # delete damaged files and make them again
+    executor: str = 'local',  # where jobs run: `local` (this machine) or `slurm`
+    store: str = '',  # URL of a store that also keeps finished files and from which missing ones are fetched
 ) -> int:
-    """Do what is still to be done, with progress; the number of jobs done.
+    """Execute the jobs still to be done, reporting progress; return their number.
 
-    `ChainError` says which stage failed and why, or why nothing can be started: the directory is in use or cannot be
-    written to, or a finished file is damaged."""
+    Raises `ChainError` if a stage fails, or if nothing can be started because the directory is in use or not writable
+    or a finished file is damaged."""
     check_executor(executor, run.config['cluster']['partition'])
     jobs, here = jobs or (os.cpu_count() if executor == 'local' else 100), replace(run, root=Path(run.root).resolve())
     with lock_run(here.dir, say), terminable():
@@ -126,7 +126,7 @@ def execute(
             ) from e
 
 # %% ../../nbs/6_running/08_workflow.ipynb #030cc514
-# before any work: is there a model, does it fit (if it is trained here), is there room for its checkpoints?
+# before any work: does the model exist, does it fit (if trained here), is there disk space for its checkpoints?
 def _check_start(run, seeds, jobs, tasks, here):
     if here and run.config['model']['device'] not in ('auto', 'cpu'): pick_device(run.config['model']['device'])
     if here: check_engine(run.config)
@@ -134,9 +134,9 @@ def _check_start(run, seeds, jobs, tasks, here):
     if not any(todo.values()): return
     name = run.config['model']['name']
     if name != 'anew': check_model(name, run.config['model']['dtype'])
-    if (count := stored(run.base)) is not None:  # else its weights are not here yet
+    if (count := stored(run.base)) is not None:  # otherwise the weights are not on this machine yet
         if here: check_memory(run, count, jobs)
-        # where memory that runs out ends a process, not a batch
+        # on a CPU, running out of memory kills the process
         if here and name != 'tiny' and pick_device(run.config['model']['device']) == 'cpu':
             with suppress(UnknownShape):
                 check_resources(run, Device(memory(), 1, 1), max(run.config[s]['processes'] for s in ('sft', 'rl')))
@@ -154,7 +154,7 @@ def _check_start(run, seeds, jobs, tasks, here):
 
 # %% ../../nbs/6_running/08_workflow.ipynb #abbcb865
 @contextmanager
-# yields what is to be called with each job that is done: it puts what it made into the store, beside the work
+# yields a function to call with each finished job; it uploads the job's files to the store in the background
 def _keeping(run, store):
     if not store: yield lambda job: None; return
     inside = lambda o: os.path.relpath(o.parent if is_weights(o) else o, run.dir)
@@ -163,7 +163,7 @@ def _keeping(run, store):
         finally:
             if not isinstance(sys.exception(), (KeyboardInterrupt, SystemExit)):
                 try:
-                    put(run.dir, store)  # the rest, and what went wrong before
+                    put(run.dir, store)  # all other files, and uploads that failed before
                 except Exception as e:
                     raise ChainError(
                         f'what is finished is in {run.dir}, but cannot be put into the store {store} [{e}]: the same '
@@ -171,7 +171,7 @@ def _keeping(run, store):
                     ) from e
 
 # %% ../../nbs/6_running/08_workflow.ipynb #472c9fea
-def _work(run, seeds, jobs, targets, tasks, todo, start, say, live, executor, keep):  # how many jobs were done
+def _work(run, seeds, jobs, targets, tasks, todo, start, say, live, executor, keep):  # number of jobs done
     base, folder = run.dir, run.dir/'.progress'
     folder.mkdir(exist_ok=True)
     for old in folder.glob('*'): old.unlink()
@@ -187,7 +187,7 @@ def _work(run, seeds, jobs, targets, tasks, todo, start, say, live, executor, ke
         )
         try: done = _watch(run, process, todo, cost, jobs, folder, start, say, live, keep)
         finally:
-            end_workers(base); cancel_jobs(base)  # none, unless this was interrupted
+            end_workers(base); cancel_jobs(base)  # nothing to do unless interrupted
             drop_shards(run)
     if process.returncode:
         raise ChainError(
@@ -197,7 +197,7 @@ def _work(run, seeds, jobs, targets, tasks, todo, start, say, live, executor, ke
     return len(done)
 
 # %% ../../nbs/6_running/08_workflow.ipynb #7d2ba969
-def _prefork(todo, environment, executor):  # the server of a run's jobs, with the libraries they need
+def _prefork(todo, environment, executor):  # server for the jobs of a run, with the libraries they need
     if executor != 'local': return nullcontext({})
     rules = {j.rule for j in todo}
     groups = dict(
@@ -208,7 +208,7 @@ def _prefork(todo, environment, executor):  # the server of a run's jobs, with t
     return server([g for g, needed in groups.items() if needed], environment)
 
 # %% ../../nbs/6_running/08_workflow.ipynb #1b176730
-def _no_writing(todo):  # where jobs would have written and could not, whatever it is that stopped first
+def _no_writing(todo):  # directories and disks that jobs could not write to, whatever failed first
     there = {next(p for p in o.parents if p.is_dir()) for j in todo for o in j.outputs}
     closed = {d for d in there if not os.access(d, os.W_OK)}
     return [
@@ -271,29 +271,29 @@ def _watch(run, process, todo, cost, jobs, folder, start, say, live, keep):
     return done
 
 # %% ../../nbs/6_running/08_workflow.ipynb #74d0fdee
-def _picture(j):  # where the figure that a job has drawn is
+def _picture(j):  # path of the figure that a job has drawn
     return next((os.path.relpath(o) for o in j.outputs if j.rule in ('figure', 'reading') and o.suffix == '.png'), '')
-def _label(j):  # like `rl-000128`, with the task and the seed where they are not the usual ones
+def _label(j):  # like `rl-000128`, with task and seed unless they are the defaults
     name = j.name if j.name.startswith(j.rule) else f'{j.rule} {j.name}'
     return name + f' {j.task}' * (j.task not in ('', HOME)) + f' seed {j.seed}' * (j.seed > 0)
-def _left(cost, done, part, elapsed, jobs):  # seconds; the estimate, corrected by how long things took so far
+def _left(cost, done, part, elapsed, jobs):  # seconds left: the estimate, corrected by the time taken so far
     gone, total = sum(cost[j] for j in done) + part, sum(cost.values())
     prior = total / jobs
-    rate = (gone + .1 * total) / (elapsed + .1 * prior)  # starts at the estimate, follows the facts
+    rate = (gone + .1 * total) / (elapsed + .1 * prior)  # starts at the estimate and follows the measured rate
     return (total - gone) / rate
 
 # %% ../../nbs/6_running/08_workflow.ipynb #1f16add0
 def open_run(
-    profile: str = 'tiny',
-    changes: str = '',  # `section.key=value`, several with `;` between
-    seed: int = 0,
+    profile: str = 'tiny',  # name of the profile
+    changes: str = '',  # changed settings, `section.key=value`, separated by `;`
+    seed: int = 0,  # seed of the run
     root: str = 'runs',  # directory of all runs
-    needs=lambda run: [],  # run -> files that must be there
-    task: str = 'general_points',
+    needs=lambda run: [],  # function from the run to the files that must exist
+    task: str = 'general_points',  # name of the task
 ) -> Run:
-    "The run a chain notebook works on, with its inputs made if they are missing."
+    "Open the run of a chain notebook, making its inputs if they are missing."
     run = Run(profile, tuple(split_changes(changes)), int(seed), Path(root), task)
-    run.config  # raises what is wrong with the settings before any work
+    run.config  # raises errors in the settings before any work
     if missing := [f for f in needs(run) if not f.exists()]:
         print(f'{len(missing)} files are missing ({missing[0]}, ...): making them first')
         execute(run, run.seed + 1, targets=[os.path.relpath(f.resolve(), run.dir.resolve()) for f in missing])
