@@ -189,7 +189,7 @@ class GeneralPoints(Task):
     def verify(self, problem, text):
         cards, values = problem.data['cards'], problem.data['values']
         formula, said_cards, said_number = answer_parts(text)
-        typed = '"' in text or "'" in text  # in an object in words there are no types
+        typed = '"' in text or "'" in text  # objects in words have no types
         strange = next((n for n in said_number or () if not NUMBER.fullmatch(n)), None) if typed else None
         if formula is None or strange is not None:
             reason = ('the answer is not an object with cards, number and formula, each once' if formula is None else
@@ -225,7 +225,7 @@ class GeneralPoints(Task):
             raise FormulaError(f'it does not end in ={self.target}')
         return value
 
-    # of a legal formula: (error, part of the reward, its value, reason, in brief)
+    # faults of a legal formula: (error, part of the reward, its value, reason, brief feedback)
     def _faults(self, num, den, used, values):
         if sorted(used) == sorted(values):
             return [
