@@ -35,7 +35,7 @@ def _run_module(
 def _receive(connection):  # the request of the client, and its open files
     head, files, *_ = socket.recv_fds(connection, 4, 3)
     return json.loads(connection.recv(struct.unpack('I', head)[0], socket.MSG_WAITALL)), files
-def _take_place(asked, files):  # of the client that asked
+def _take_place(asked, files):  # become the client: its files, directory and environment
     for own, file in enumerate(files): os.dup2(file, own); os.close(file)
     if asked['leads']: os.setsid()  # like the client, it is then not interrupted from the terminal
     os.chdir(asked['folder']); os.environ.clear(); os.environ.update(asked['environment'])
@@ -48,7 +48,7 @@ def _follow(connection):  # b'I' is an interrupt of the client; a closed connect
     os._exit(137)
 
 # %% ../../nbs/0_core/05_prefork.ipynb #687009d5
-def _work(connection):  # in the fork; does not return
+def _work(connection):  # runs in the fork and does not return
     import atexit, threading, traceback
     status = 1
     try:
@@ -142,7 +142,7 @@ def _ask(
         return _wait(s)
 
 # %% ../../nbs/0_core/05_prefork.ipynb #9f9ab736
-def _wait(connection):  # for the fork's exit status
+def _wait(connection):  # wait for the fork and return its exit status
     signal.signal(signal.SIGINT, lambda *_: connection.send(b'I'))
     parent = os.getppid()
     while not select.select([connection], [], [], 1)[0]:

@@ -47,7 +47,7 @@ def _took(f, time):
 # %% ../../nbs/6_running/04_duration.ipynb #4be9a93d
 def seconds_of(
     run: Run,  # run with the model and settings
-    stage: str,  # one of `STAGES`
+    stage: str,  # name of a stage, one of `STAGES`
     device: Device,  # device, as in `GPUS` or from `this_cpu`
     devices: int = 1,  # number of devices that share the work
     gpu: bool = False,  # whether the devices are GPUs
@@ -105,7 +105,7 @@ def seconds_of(
 # %% ../../nbs/6_running/04_duration.ipynb #49e66763
 def disk_of(
     run: Run,  # run with the model and settings
-    stage: str,  # one of `STAGES`
+    stage: str,  # name of a stage, one of `STAGES`
 ) -> float:  # bytes
     """Estimate the disk space a stage needs for one task and seed: checkpoints and, while RL is running, its state."""
     c, P = run.config, shape(run.base).parameters

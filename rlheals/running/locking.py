@@ -27,7 +27,7 @@ def holder(base) -> dict | None:  # pid, host, since (seconds since 1970), comma
     except psutil.Error: return None
 
 # %% ../../nbs/6_running/05_locking.ipynb #2429d14c
-def workers(base) -> list:  # of `psutil.Process`
+def workers(base) -> list:  # `psutil.Process` objects
     """The processes on this machine that belong to a run in this directory, except this process and its parents."""
     import psutil
     me, out = psutil.Process(), []

@@ -139,7 +139,7 @@ def _activations(s, rows, tokens, L, c, width, fused):
 # %% ../../nbs/6_running/03_memory.ipynb #ad5ec3d1
 def estimate_memory(
     run: Run,  # run with the model and settings
-    stage: str,  # one of `MEASURED`
+    stage: str,  # name of a stage, one of `MEASURED`
     devices: int = 1,  # number of devices that share the work
     gpu: bool = False,  # whether the devices are GPUs
     room: float = 0.,  # memory of a GPU in bytes: vLLM takes a share, sampling what is left

@@ -27,7 +27,7 @@ _VALUE = re.compile(rf'{_STRING}|([^\s,"\'\[\]{{}}][^,"\'\[\]{{}}\n]*)', re.S)
 _GAP = re.compile(r'[\s,]*')
 _ESCAPE = re.compile(r'\\(?:u([0-9a-fA-F]{4})|(.))', re.S)
 _ESCAPES = dict(b='\b', f='\f', n='\n', r='\r', t='\t') | {c: c for c in '"\'\\/'}
-MAX_DEPTH = 8  # of nested objects and lists
+MAX_DEPTH = 8  # maximal nesting of objects and lists
 class _TooDeep(Exception): pass
 
 # %% ../../nbs/1_tasks/02_answers.ipynb #54a30a69
@@ -68,7 +68,7 @@ def _value(text, i, depth):  # a value as text (None: it is an object), the obje
 
 # %% ../../nbs/1_tasks/02_answers.ipynb #673e046b
 _WORDS = re.compile(r"\{([^{}\"']*)\}")  # an object without quotes
-_NEXT = re.compile(r'[,\n][^\S\n]*[^\W\d]\w*(?:[ -]\w+){0,3}\s*:')  # in it, another field with a colon
+_NEXT = re.compile(r'[,\n][^\S\n]*[^\W\d]\w*(?:[ -]\w+){0,3}\s*:')  # start of another field with a colon
 _LIST = re.compile(r'\[([^\[\]]*)\]')
 def _in_words(text, name):  # the fields of an object in words
     starts, said = [*name.finditer(text)], {}

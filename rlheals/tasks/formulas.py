@@ -19,7 +19,7 @@ RANKS = ('A', *map(str, range(2, 11)), 'J', 'Q', 'K')
 FACES = ('J', 'Q', 'K')
 RULES = {'id': dict(J=10, Q=10, K=10), 'ood': dict(J=11, Q=12, K=13)}  # face card -> its value under each rule
 def card_value(
-    card: str,  # one of `RANKS`
+    card: str,  # a card, one of `RANKS`
     rule: dict,  # face card -> its value
 ) -> int:
     "The value of a card under a rule."
@@ -169,9 +169,9 @@ def parse_exactly(text, max_length=200, max_depth=20):  # -> numerator, denomina
 # %% ../../nbs/1_tasks/04_formulas.ipynb #1bbd9c42
 _read = answer_reader('formula', optional=('cards?', 'numbers?'))
 _BARE_FORMULA = re.compile(r'[-+*/()\[\]=0-9\s]+')
-_LIST = re.compile(r'\[([^\[\]]*)\]')  # in an object in words, where text may follow the list
+_LIST = re.compile(r'\[([^\[\]]*)\]')  # for objects in words, where text may follow the list
 NUMBER = re.compile(r'[-+]?[0-9]+(?:\.[0-9]*)?')
-def _words(field):  # of a list, or of a text
+def _words(field):  # the words of a list or text
     if field is None: return None
     return (m[1] if (m := _LIST.match(field)) else field).replace(',', ' ').split()
 def answer_parts(text):  # formula (None: there is none), cards and number (None: not given) of the answer in a text

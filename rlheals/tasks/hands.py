@@ -34,9 +34,9 @@ def home_of_hand(
 # %% ../../nbs/1_tasks/05_hands.ipynb #f7841a0e
 def in_split(
     hand: tuple,  # cards in the order of `RANKS`
-    split: str,  # one of `SPLITS`
+    split: str,  # name of a split, one of `SPLITS`
     rule: dict,  # face card -> its value
-    target: int = 24,
+    target: int = 24,  # value that formulas must have
 ) -> bool:
     "Whether a hand belongs to a split and can be solved."
     if home_of_hand(hand) != split.removesuffix('_novel'): return False
@@ -50,9 +50,9 @@ def _split_hands(split, cards, target, rule):
 
 # %% ../../nbs/1_tasks/05_hands.ipynb #46974174
 def split_hands(
-    split: str,  # one of `SPLITS`
-    cards: int = 4,
-    target: int = 24,
+    split: str,  # name of a split, one of `SPLITS`
+    cards: int = 4,  # cards in a hand
+    target: int = 24,  # value that formulas must have
     rule: dict | None = None,  # face card -> its value (default: the paper's rule for the split)
 ) -> tuple[tuple[str, ...], ...]:
     "The hands of a split: solvable under its rule, each in the order of `RANKS`."

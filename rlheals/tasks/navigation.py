@@ -15,7 +15,7 @@ from .answers import answer_reader
 
 # %% ../../nbs/1_tasks/07_navigation.ipynb #50ae5ce8
 HEADINGS = ('north', 'northeast', 'east', 'southeast', 'south', 'southwest', 'west', 'northwest')
-TURNS = {'left': -2, 'slightly left': -1, 'slightly right': 1, 'right': 2}  # in eighths of a circle
+TURNS = {'left': -2, 'slightly left': -1, 'slightly right': 1, 'right': 2}  # turn -> angle in eighths of a circle
 LANDMARKS = ('bakery', 'bank', 'cafe', 'church', 'cinema', 'fountain', 'garden', 'hotel', 'library', 'market', 'museum',
              'pharmacy', 'school', 'station', 'theatre', 'tower')
 _SIDES = ('ahead', 'right', 'right', 'right', 'behind', 'left', 'left', 'left')  # by the angle from one's heading

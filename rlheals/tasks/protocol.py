@@ -94,7 +94,7 @@ def _task_class(name):
 
 # %% ../../nbs/1_tasks/01_protocol.ipynb #9318d813
 def task_options(
-    name: str,  # one of `TASKS`, or `package.module:Class`
+    name: str,  # name of a task: one of `TASKS`, or `package.module:Class`
 ) -> dict:
     "The options that a task takes, with their defaults."
     options = {
@@ -104,7 +104,7 @@ def task_options(
 
 # %% ../../nbs/1_tasks/01_protocol.ipynb #d0627489
 def load_task(
-    name: str,  # one of `TASKS`, or `package.module:Class`
+    name: str,  # name of a task: one of `TASKS`, or `package.module:Class`
     **options,  # options of the task, see `task_options`
 ) -> Task:
     "Make a task by name; raise `ValueError` for an unknown name or an invalid option."
