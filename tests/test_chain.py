@@ -4,7 +4,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import rlheals
-from rlheals import chain
+from rlheals.core.environment import ChainError
+from rlheals.running.tables import figures_dir
+from rlheals.running.workflow import execute
 from rlheals.analysis.evaluation import evaluation_parts, metrics_of
 from rlheals.beyond.baselines import METHODS
 from rlheals.beyond.conditions import conditions_of
@@ -290,8 +292,8 @@ def test_a_failing_stage_says_so_and_the_rest_is_kept(home):
     path.write_bytes(b'broken'); (path.parent/'SHA256SUMS').unlink()
     tables = [run.table(n) for n in ('eval-rl-00', 'eval-sft-00')]
     for t in tables: t.unlink()
-    with pytest.raises(chain.ChainError, match='eval-rl-00 failed'):
-        chain.execute(run, targets=[t.relative_to(run.dir) for t in tables], say=lambda line: None)
+    with pytest.raises(ChainError, match='eval-rl-00 failed'):
+        execute(run, targets=[t.relative_to(run.dir) for t in tables], say=lambda line: None)
     assert [t.exists() for t in tables] == [False, True]
 
 
@@ -328,7 +330,8 @@ def test_a_notebook_alone_makes_what_it_needs(tmp_path):
 
 
 OWN_TASK = '''
-from rlheals.tasks import Problem, Task, Verdict, answer_reader, home_of
+from rlheals.tasks.protocol import Problem, Task, Verdict, home_of
+from rlheals.tasks.answers import answer_reader
 
 class Largest(Task):
     name, errors, read = 'largest', dict(format='format', answer='solving'), staticmethod(answer_reader('answer'))
@@ -351,7 +354,7 @@ def test_a_task_of_ones_own(tmp_path, monkeypatch):
     (tmp_path/'mine.py').write_text(OWN_TASK)
     monkeypatch.setenv('PYTHONPATH', str(tmp_path)); monkeypatch.syspath_prepend(tmp_path)
     run = Run('smoke', ('task.most=40',), root=tmp_path/'runs', task_name='mine:Largest')
-    chain.execute(run, targets=[os.path.relpath(run.table('eval-sft-01'), run.dir)], say=lambda line: None)
+    execute(run, targets=[os.path.relpath(run.table('eval-sft-01'), run.dir)], say=lambda line: None)
     assert set(run.load('eval-sft-01')['task']) == {'mine:Largest'} and run.config['task']['most'] == 40
 
 
@@ -359,9 +362,9 @@ def test_a_second_seed_has_the_first_as_donor(home, run):
     """The control with another seed's directions: only from the second seed on, and without it the figures say that it
     is missing."""
     second = Run('smoke', seed=1, root=home/'runs')
-    figures = [os.path.relpath(chain.figures_dir(run, f)/f'{f}.csv', run.dir) for f in ('F10', 'F11')]
+    figures = [os.path.relpath(figures_dir(run, f)/f'{f}.csv', run.dir) for f in ('F10', 'F11')]
     assert 'other_seed' not in set(pd.read_csv(run.dir/figures[0])['edit']) and not run.table('surgery-seed').exists()
-    chain.execute(
+    execute(
         second, seeds=2, targets=[os.path.relpath(second.table('surgery-seed'), run.dir)], say=lambda line: None
     )
     table = second.load('surgery-seed')

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from rlheals.running.plan import snakemake
 from rlheals.running.tables import publish
 from rlheals.results.claims import CLAIMS
-from rlheals.running.command_line import app
+from rlheals.running.cli import app
 from rlheals.running.ledger import (check_ledger, judge_tasks, make_inputs, markdown, read_published, read_run,
                                     write_made_up)
 from rlheals.training.runs import Run
@@ -98,7 +98,8 @@ def test_a_deleted_run_is_missed_and_a_new_one_judged_anew(root):
 def test_run_asks_the_chain_for_what_is_missing(root, monkeypatch):
     "And for nothing else. (The chain itself is not started here.)"
     run, asked = Run('tiny', root=root, task_name='rank'), []
-    monkeypatch.setattr('rlheals.running.workflow.execute', lambda *a, **k: asked.append((a[1], k['targets'], k['tasks'])))
+    keep = lambda *a, **k: asked.append((a[1], k['targets'], k['tasks']))
+    monkeypatch.setattr('rlheals.running.ledger.execute', keep)
     make_inputs(run, ['rank'])
     assert asked == []
     run.table('spectra').unlink()
@@ -115,7 +116,7 @@ def test_a_deleted_run_is_made_again_and_judged(root, monkeypatch):
     def chain(run, seeds, targets, tasks, **_):
         assert (seeds, tasks) == (4, ['rank']) and targets and all(t.startswith('rank/seed2/tables/') for t in targets)
         kept.rename(root/'tiny'/'rank'/'seed2')
-    monkeypatch.setattr('rlheals.running.workflow.execute', chain)
+    monkeypatch.setattr('rlheals.running.ledger.execute', chain)
     again = claims('--runs', root, '--task', 'rank')
     assert again.exit_code == 0 and 'they are made again' in again.output and again.output.endswith(first.output)
 
@@ -191,7 +192,7 @@ def test_what_is_published_is_what_the_command_wrote():
 def test_verdicts_beside_the_figures_are_the_commands():
     """The gallery says of each claim, under each figure that bears on it, what `rlheals claims` finds in the episodes
     beside the figures."""
-    from rlheals.running.gallery import BEARS_ON
+    from rlheals.running.figures import FIGURES
     from rlheals.results.style import TASK_NAMES
     cells = json.loads((ROOT/'nbs'/'gallery.ipynb').read_text())['cells']
     text = '\n'.join(
@@ -207,7 +208,7 @@ def test_verdicts_beside_the_figures_are_the_commands():
     for part in re.split(r'^### ', text, flags=re.M)[1:]:
         figure = part.split(':')[0]
         for claim, verdicts in re.findall(r'\*\*(C\d+)\*\* \([^)]*\): ([^.;]*)', part):
-            assert claim in BEARS_ON[figure]
+            assert claim in FIGURES[figure].claims
             assert verdicts == ', '.join(f'{TASK_NAMES[t]} {v}' for t, v in found[claim].items()), (figure, claim)
             said += 1
-    assert said == sum(map(len, BEARS_ON.values()))
+    assert said == sum(len(f.claims) for f in FIGURES.values())

@@ -7,14 +7,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM,
                           Qwen3MoeConfig, Qwen3MoeForCausalLM)
-from rlheals import compare as module
+from rlheals.beyond import compare as module
 from rlheals.beyond.compare import compare, results
 from rlheals.beyond.in_words import explain
 from rlheals.training.models import ASSETS
 from rlheals.analysis.decomposition import svd
 from rlheals.analysis.surgery import Surgery
 from rlheals.analysis.adapters import on_base, open_model, stored_weights
-from rlheals.analysis.formats import as_weights, locate
+from rlheals.analysis.formats import locate
 from rlheals.analysis.weights import check_loaded, matrices, put, read
 
 SMALL = dict(vocab_size=296, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
@@ -455,7 +455,7 @@ def test_weights_alone_need_neither_a_model_nor_a_tokenizer(tmp_path, monkeypatc
 
 @pytest.mark.parametrize('same', [True, False])
 def test_other_tensors_are_compared_by_blocks(tmp_path, monkeypatch, same):
-    from rlheals import weights as files
+    from rlheals.analysis import weights as files
     def last_row(tensors): tensors['lm_head.weight'][-1] *= 1 if same else 2
     changed(small(tmp_path/'base'), tmp_path/'tuned', last_row)
     monkeypatch.setattr(files, 'BLOCK', 100)

@@ -6,7 +6,6 @@ from safetensors.torch import load_file, save_file
 from rlheals.beyond.compare import compare
 from rlheals.beyond.edit import byte_ranges, edit_checkpoint, undo, undone
 from rlheals.training.models import load_model, save_model
-from rlheals.analysis.formats import KINDS
 from rlheals.analysis.weights import matrices
 
 def quiet(line): pass
@@ -96,7 +95,7 @@ def test_quantised_targets_are_refused_and_nothing_is_left(pair, tmp_path):
 def test_a_sweep_goes_on_where_it_stopped(pair, tmp_path):
     target, donor = pair
     (tmp_path/'score.py').write_text(
-        'import sys, pathlib\nfrom rlheals.weights import weights\n'
+        'import sys, pathlib\nfrom rlheals.analysis.weights import weights\n'
         f'log = pathlib.Path({str(tmp_path/"log")!r}); n = len(log.read_text()) if log.exists() else 0\n'
         'if n == 3 and not log.with_name("again").exists(): log.with_name("again").touch(); sys.exit("power cut")\n'
         'log.write_text((n + 1) * "x"); print("score", float(next(weights(sys.argv[1], ("q_proj",)))[3].norm()))\n')
@@ -113,7 +112,7 @@ def test_a_sweep_goes_on_where_it_stopped(pair, tmp_path):
     (['--top', '0'], 'above 0'), (['--kinds', 'nope'], 'has no nope'), (['--undo'], 'go together'),
     (['--undo', '--evaluate', 'echo 1'], 'checkpoint'), (['--dtype', 'int8'], 'float32 or float64')])
 def test_bad_input_is_said_in_one_line(words, why, tmp_path):
-    done = subprocess.run([sys.executable, '-m', 'rlheals.cli', 'edit', 'tiny', '--donor', 'tiny', '--out',
+    done = subprocess.run([sys.executable, '-m', 'rlheals.running.cli', 'edit', 'tiny', '--donor', 'tiny', '--out',
                            str(tmp_path/'out'), *words], capture_output=True, text=True,
                           env=os.environ | dict(HF_HUB_OFFLINE='1', COLUMNS='300'))
     assert done.returncode == 2 and why in done.stderr and 'Traceback' not in done.stderr, done.stderr

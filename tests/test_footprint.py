@@ -24,7 +24,7 @@ SMOLLM2 = (
 # What the system says of a process that has ended (ru_maxrss) may be its parent's, so it tells itself.
 CODE = (
     "import atexit, re, runpy, sys; atexit.register(lambda: print('peak', re.search(r'VmHWM:\\s*(\\d+)', "
-    "open('/proc/self/status').read())[1])); sys.argv[0] = 'rlheals'; runpy.run_module('rlheals.cli', "
+    "open('/proc/self/status').read())[1])); sys.argv[0] = 'rlheals'; runpy.run_module('rlheals.running.cli', "
     "run_name='__main__')"
 )
 

@@ -1,13 +1,16 @@
 """The house: what ships is what the notebooks say, and chapters only build on earlier ones."""
-import ast, json, re, shutil, subprocess, sys
+import ast, json, re, shutil, statistics, subprocess, sys
 from pathlib import Path
 import pytest
 from rlheals.training.rules import load_profile
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-CHAPTERS = {m[1]: p for p in sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))
-            if (m := re.search(r'#\| default_exp (\w+)', p.read_text()))}  # in reading order
+PARTS = 'core tasks training analysis results beyond running'.split()  # each imports from those before it
+CHAPTERS = {  # module -> notebook, in reading order
+    m[1]: p for p in sorted((ROOT/'nbs').glob('[0-9]_*/[0-9]*.ipynb'))
+    if (m := re.search(r'#\| default_exp ([\w.]+)', p.read_text())) and not m[1].endswith('__init__')
+}
 
 
 def cells(path): return json.loads(path.read_text())['cells']
@@ -46,9 +49,9 @@ def test_export_and_clean_leave_no_diff(copy):
 
 def test_export_writes_the_package(copy):
     "The check above can fail: without the package, export makes it again."
-    (copy/'rlheals'/'tasks.py').unlink()
+    (copy/'rlheals'/'tasks'/'protocol.py').unlink()
     subprocess.run([str(BIN/'nbdev_export')], cwd=copy, check=True, capture_output=True)
-    assert (copy/'rlheals'/'tasks.py').read_bytes() == (ROOT/'rlheals'/'tasks.py').read_bytes()
+    assert (copy/'rlheals'/'tasks'/'protocol.py').read_bytes() == module_file('tasks.protocol').read_bytes()
 
 
 def test_readme_is_made_from_index():
@@ -68,23 +71,60 @@ def test_readme_points_to_what_exists():
         assert link.startswith('http') or (ROOT/link).exists(), link
 
 
-def needs(module):
-    "The modules of the package that a module imports, at its top or in its functions."
-    tree = ast.parse((ROOT/'rlheals'/f'{module}.py').read_text())
-    froms = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module]
-    relative = {n.module.split('.')[0] for n in froms if n.level == 1}
-    return relative | {n.module.split('.')[1] for n in froms if n.module.startswith('rlheals.')}
+def needs(path):
+    "The modules of the package that a file imports, at its top or in its functions."
+    where = path.relative_to(ROOT).with_suffix('').parts
+    for n in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(n, ast.ImportFrom): continue
+        parts = [*(where[:-n.level] if n.level else ()), *(n.module or '').split('.')]
+        if parts[0] != 'rlheals': continue
+        named = '.'.join(filter(None, parts[1:]))
+        yield from [named] if named in CHAPTERS else [f'{named}.{a.name}'.strip('.') for a in n.names]
+
+
+def module_file(module): return ROOT/'rlheals'/f'{module.replace(".", "/")}.py'
+
+
+def test_every_chapter_is_a_module_of_its_part():
+    assert len(CHAPTERS) > 80 and list(dict.fromkeys(m.split('.')[0] for m in CHAPTERS)) == PARTS
+    for module, path in CHAPTERS.items():
+        part, name = module.split('.')
+        assert re.fullmatch(rf'\d_{part}', path.parent.name) and re.fullmatch(rf'\d\d_{name}', path.stem), path
+        assert module_file(module).exists()
 
 
 @pytest.mark.parametrize('module', CHAPTERS)
 def test_no_chapter_needs_a_later_one(module):
     order = list(CHAPTERS)
-    assert all(order.index(u) < order.index(module) for u in needs(module)), (module, needs(module))
+    used = [u for u in needs(module_file(module)) if u in CHAPTERS]
+    assert all(order.index(u) < order.index(module) for u in used), (module, used)
+
+
+@pytest.mark.parametrize('part', PARTS)
+def test_a_part_needs_only_earlier_ones(part):
+    later = PARTS[PARTS.index(part) + 1:]
+    files = list((ROOT/'rlheals'/part).glob('*.py'))
+    assert len(files) > 4
+    assert not [(f.name, u) for f in files for u in needs(f) if u.split('.')[0] in later]
 
 
 def test_the_imports_of_chapters_are_seen():
-    assert {'tasks', 'models', 'spectra'} <= needs('surgery') | needs('chain') | needs('compare')
-    assert sum(bool(needs(m)) for m in CHAPTERS) > .8 * len(CHAPTERS) > 30
+    found = {m: [*needs(module_file(m))] for m in CHAPTERS}
+    assert {'tasks.protocol', 'core.files', 'training.models'} <= {u for used in found.values() for u in used}
+    assert sum(map(bool, found.values())) > .8 * len(CHAPTERS)
+
+
+def test_modules_and_cells_are_short():
+    "A module is read in one go, a cell of exported code is mostly one definition."
+    lines = {m: len(module_file(m).read_text().splitlines()) for m in CHAPTERS}
+    assert not {m: n for m, n in lines.items() if n > 300 and m != 'training.settings'}
+    code = [(path.name, ''.join(cell['source'])) for path in CHAPTERS.values() for cell in cells(path)
+            if cell['cell_type'] == 'code' and re.match(r'#\| *export', ''.join(cell['source']))]
+    assert len(code) > 800
+    assert statistics.median(len(text.splitlines()) - 1 for _, text in code) <= 10
+    kinds = ast.FunctionDef, ast.ClassDef
+    definitions = [sum(isinstance(n, kinds) for n in ast.parse(text).body) for _, text in code]
+    assert sum(n > 1 for n in definitions) < .1 * len(definitions)
 
 
 def test_imports_are_light():
@@ -110,7 +150,9 @@ def test_imports_are_light():
 
 
 def test_notebooks_are_small_and_without_errors():
-    for path in (ROOT/'nbs').rglob('*.ipynb'):
+    paths = list((ROOT/'nbs').rglob('*.ipynb'))
+    assert len(paths) > 100
+    for path in paths:
         assert path.stat().st_size < 1_000_000, path
         kept = (
             json.loads(path.read_text())['metadata']
@@ -129,7 +171,9 @@ def test_notebooks_are_small_and_without_errors():
 
 
 def test_chain_notebooks_have_parameters():
-    for path in (ROOT/'nbs'/'paper').glob('*.ipynb'):
+    paths = list((ROOT/'nbs'/'paper').glob('*.ipynb'))
+    assert len(paths) == 16
+    for path in paths:
         tagged = [c for c in cells(path) if 'parameters' in c['metadata'].get('tags', [])]
         assert len(tagged) == 1, path
 

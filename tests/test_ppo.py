@@ -9,8 +9,7 @@ from rlheals.training.generation import encode, generate
 from rlheals.training.models import load_model
 from rlheals.training.logprobs import logprobs_and_values, value_head
 from rlheals.training.ppo import add_advantages, collect, constant_value, gae, ppo_loss
-from rlheals.core.randomness import seeded
-from rlheals.tasks.protocol import Episode, problem_set
+from rlheals.training.rollouts import Environments
 
 
 def reference_advantages(rewards, values, dones, gamma, lam):
@@ -68,13 +67,12 @@ def test_ratio_of_a_fresh_policy_is_one(tiny):
     "Whatever the batch an answer is scored in: padding and neighbours do not change its probability."
     model, tok = tiny
     task = GeneralPoints('brief', tries=2)
-    rng, c = seeded(0), dict(turns=2, temperature=1., micro_batch=8, max_new_tokens=20)
-    episodes = [Episode.start(task, task.sample(rng, 'train')) for _ in range(12)]
-    b = collect(model, value_head(128), tok, task, episodes, c, lambda i: task.sample(rng, 'train'), 0)
-    pick = np.random.default_rng(0).permutation(len(b['contexts']))[:7]
-    with torch.no_grad():
-        logp, _, _ = logprobs_and_values(model, None, [b['contexts'][i] for i in pick], [b['answers'][i] for i in pick])
-    np.testing.assert_allclose((logp - b['logp'][pick]).exp().numpy(), 1., atol=1e-5)
+    c = dict(turns=2, temperature=1., micro_batch=8, max_new_tokens=20)
+    batch = collect(model, value_head(128), tok, Environments(task, range(12), seed=0), c, 0)
+    pick = np.random.default_rng(0).permutation(len(batch['contexts']))[:7]
+    contexts, answers = ([batch[k][i] for i in pick] for k in ('contexts', 'answers'))
+    with torch.no_grad(): logprobs, _, _ = logprobs_and_values(model, None, contexts, answers)
+    np.testing.assert_allclose((logprobs - batch['logprobs'][pick]).exp().numpy(), 1., atol=1e-5)
 
 
 def test_sampled_tokens_follow_the_scored_probabilities(tiny):
@@ -83,9 +81,8 @@ def test_sampled_tokens_follow_the_scored_probabilities(tiny):
     context = encode(tok, ['solve 5 11 3 1 :'])
     first = np.array([a[0] for a in generate(model, tok, [context] * 4000, 1, temperature=.7, seed=1)])
     with torch.no_grad():
-        probability = np.exp(
-            logprobs_and_values(model, None, [context] * len(tok), [[t] for t in range(len(tok))], temperature=0.7)[0].numpy()
-        )
+        answers = [[t] for t in range(len(tok))]
+        probability = logprobs_and_values(model, None, [context] * len(tok), answers, temperature=.7)[0].exp().numpy()
     assert probability.sum() == pytest.approx(1, abs=1e-4)
     error = np.sqrt(probability * (1 - probability) / len(first))
     assert (abs(np.bincount(first, minlength=len(tok)) / len(first) - probability) <= 5 * error + 1e-3).all()
@@ -112,29 +109,26 @@ def test_episodes_carry_on_and_finish(tiny):
     hand."""
     model, tok = tiny
     task = GeneralPoints('brief', tries=2)
-    rng, c = seeded(1), dict(turns=3, temperature=1., micro_batch=8, max_new_tokens=8)
-    episodes = [Episode.start(task, p) for p in problem_set(task, 'train', 5)]
-    before = [e.problem.key for e in episodes]
-    b = collect(model, value_head(128), tok, task, episodes, c, lambda i: task.sample(rng, 'train'), 0)
-    assert b['attempt'] == [0] * 5 + [1] * 5 + [0] * 5 and len(add_advantages(b, .9, .95)['advantage']) == 15
-    assert [e.problem.key for e in episodes] != before and all(
-        len(e.verdicts) == 1 and e.problem.split == 'train' for e in episodes
-    )
+    c, envs = dict(turns=3, temperature=1., micro_batch=8, max_new_tokens=8), Environments(task, range(5), seed=1)
+    before = [e.problem.key for e in envs.episodes]
+    batch = collect(model, value_head(128), tok, envs, c, 0)
+    assert batch['attempts'] == [0] * 5 + [1] * 5 + [0] * 5
+    assert len(add_advantages(batch, .9, .95)['advantages']) == 15
+    assert [e.problem.key for e in envs.episodes] != before
+    assert all(len(e.verdicts) == 1 and e.problem.split == 'train' for e in envs.episodes)
 
 
 def test_only_open_episodes_are_bootstrapped(tiny):
     """After a first turn every environment is between two tries, so its next prompt has a value; after the second none
     is."""
     model, tok = tiny
-    task, rng = GeneralPoints('brief', tries=2), seeded(2)
-    head = value_head(128)
+    head, envs = value_head(128), Environments(GeneralPoints('brief', tries=2), range(4), seed=2)
     torch.nn.init.constant_(head[-1].bias, 3.)
-    episodes = [Episode.start(task, p) for p in problem_set(task, 'train', 4)]
     c = dict(turns=1, temperature=1., micro_batch=8, max_new_tokens=4)
-    for open_ in (True, False):
-        b = collect(model, head, tok, task, episodes, c, lambda i: task.sample(rng, 'train'), 0)
-        np.testing.assert_allclose(b['last'].numpy(), 3.0 if open_ else 0.0)
-        np.testing.assert_allclose(b['done'].numpy(), float(not open_))
+    for still_open in (True, False):
+        batch = collect(model, head, tok, envs, c, 0)
+        np.testing.assert_allclose(batch['next_values'].numpy(), 3. if still_open else 0.)
+        np.testing.assert_allclose(batch['dones'].numpy(), float(not still_open))
 
 
 @settings(max_examples=40, deadline=None)
@@ -143,9 +137,9 @@ def test_the_constant_value_leaves_no_error_on_average(T, N, gamma, seed):
     """With it, temporal differences are 0 in the mean, whatever the episodes: turns are not told apart by how many are
     left."""
     rng = np.random.default_rng(seed)
-    b = dict(reward=torch.tensor(rng.normal(size=T * N)), done=torch.tensor((rng.random(T * N) < .5).astype(float)))
-    V = constant_value(b, gamma)
-    assert (b['reward'] + gamma * V * (1 - b['done']) - V).mean().item() == pytest.approx(0, abs=1e-9)
+    rewards, dones = torch.tensor(rng.normal(size=T * N)), torch.tensor((rng.random(T * N) < .5).astype(float))
+    V = constant_value(dict(rewards=rewards, dones=dones), gamma)
+    assert (rewards + gamma * V * (1 - dones) - V).mean().item() == pytest.approx(0, abs=1e-9)
     values = torch.full((T * N,), V, dtype=torch.float64)
-    advantage = add_advantages(b | dict(value=values, last=values[:N]), gamma, 0.)['advantage']
-    assert advantage.mean().item() == pytest.approx(0, abs=1e-9)
+    batch = dict(rewards=rewards, dones=dones, values=values, next_values=values[:N])
+    assert add_advantages(batch, gamma, 0.)['advantages'].mean().item() == pytest.approx(0, abs=1e-9)

@@ -6,7 +6,7 @@ from rlheals.training.runs import Run
 
 CHANGES = ('rl.updates=12', 'rl.envs=16', 'rl.turns=2')
 CODE = (
-    "from pathlib import Path; from rlheals.ppo import rl_stage; from rlheals.profiles import Run; "
+    "from pathlib import Path; from rlheals.training.rl import rl_stage; from rlheals.training.runs import Run; "
     f"rl_stage(Run('smoke', {CHANGES!r}, root=Path('runs'), task_name=%r), 4)"
 )
 

@@ -29,14 +29,19 @@ ANSWERS = ['( 5 + 3 )', '11 - 1', '5 * 5 - 1 <end>']
 TWO = '''
 import json, math, sys, torch
 from pathlib import Path
-import rlheals.ppo
-from rlheals.general_points import GeneralPoints
-from rlheals.models import encode, generate, load_model, set_up_torch
-from rlheals.ppo import score, train_ppo
-from rlheals.grpo import train_grpo
-from rlheals.profiles import Run, keep_stopped, load_profile
-from rlheals.tasks import Problem, Task, Verdict
-from rlheals.sharding import gathered, is_sharded, own, processes
+import rlheals.training.ppo
+from rlheals.core.distributed import gathered, is_sharded, local_shard, processes
+from rlheals.tasks.general_points import GeneralPoints
+from rlheals.tasks.protocol import Problem, Task, Verdict
+from rlheals.training.computing import set_up_torch
+from rlheals.training.generation import encode, generate
+from rlheals.training.grpo import train_grpo
+from rlheals.training.launching import keep_stopped
+from rlheals.training.logprobs import logprobs_and_values
+from rlheals.training.models import load_model
+from rlheals.training.ppo import train_ppo
+from rlheals.training.rules import load_profile
+from rlheals.training.runs import Run
 home, settings, answers = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
 set_up_torch(1)
 def fresh(precision='float32'):
@@ -49,7 +54,7 @@ task, said = GeneralPoints('brief', tries=3), {}
 # each process has half of every weight
 model, tok = fresh()
 assert is_sharded(model) and us.num_processes == 2
-said['parts'] = [sum(own(p).numel() for p in model.parameters()), model.num_parameters()]
+said['parts'] = [sum(local_shard(p).numel() for p in model.parameters()), model.num_parameters()]
 
 # broken off after an update, and again: the end is the same
 log, actions = train_ppo(model, tok, task, settings, 12)
@@ -70,7 +75,7 @@ said['resumed'] = [
     updates,
     log.equals(again[0]),
     actions.equals(again[1]),
-    all(torch.equal(own(a), own(b)) for a, b in zip(model.parameters(), resumed.parameters())),
+    all(torch.equal(local_shard(a), local_shard(b)) for a, b in zip(model.parameters(), resumed.parameters())),
 ]
 if us.is_main_process: log.to_parquet(home/'log.parquet'); actions.to_parquet(home/'actions.parquet')
 
@@ -90,7 +95,7 @@ except FloatingPointError as e:
 # bfloat16 is the computation's alone
 model, _ = fresh('bfloat16')
 contexts, answers = [encode(tok, ['solve 5 11 3 1 :'])] * len(answers), [tok(a)['input_ids'] for a in answers]
-total, entropy, _ = rlheals.training.logprobs.forward_logprobs(model, None, contexts, answers, 1.)
+total, entropy, _ = logprobs_and_values(model, None, contexts, answers, 1.)
 total.sum().backward()
 # not as many passes in each
 with gathered(model): said['written'] = generate(model, tok, contexts[:1], 8 + us.process_index)

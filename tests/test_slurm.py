@@ -4,7 +4,8 @@ import os, re, shutil, signal, subprocess, sys, time
 from importlib.util import find_spec
 from pathlib import Path
 import pytest
-from rlheals import chain
+from rlheals.running.locking import lock_run
+from rlheals.running.plan import snakemake
 from rlheals.running.locking import queue_name
 from rlheals.training.runs import Run
 
@@ -16,7 +17,7 @@ CHANGES = ('rl.updates=24', 'rl.envs=16', 'rl.turns=2')  # long enough to be kil
 def asks(run):
     "Rule (of the first task) -> what Snakemake says that its jobs ask for."
     (run.root/run.dir.name).mkdir(parents=True, exist_ok=True)
-    said = subprocess.run(chain.snakemake(run, jobs=8, more=['--dry-run']), capture_output=True, text=True)
+    said = subprocess.run(snakemake(run, jobs=8, more=['--dry-run']), capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     found = re.findall(
         r'^rule (\w+)_(?:\d+|all):\n(?:    .*\n)*?(?:    threads: (\d+)\n)?    resources: (.*)\n', said.stdout, re.M
@@ -259,7 +260,7 @@ def test_no_job_outlives_the_command(slurm, tmp_path, number):
             capture_output=True,
         )
         said = []
-        with chain.hold(run.dir, said.append): pass
+        with lock_run(run.dir, said.append): pass
         assert re.search(r'cancelled \d SLURM jobs', said[-1]), said
     assert not jobs(run) and not (run.dir/'.queue').exists()
 

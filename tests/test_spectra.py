@@ -7,7 +7,7 @@ from rlheals.analysis.decomposition import svd
 from rlheals.analysis.rotation import (gap, group_angles, groups, orthonormal, principal_angles, rotation_split,
                                        subspace_distance)
 from rlheals.analysis.edits import TAKES, edit_matrix, reconstruct, splice, splices
-from rlheals.training.rules import EDITS
+from rlheals.training.settings import EDITS
 
 RAD = 1e-6  # how closely angles agree with SciPy
 

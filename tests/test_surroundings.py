@@ -1,16 +1,14 @@
 """What stands around a run is not looked at: files in the working directory, other clones, kernels of environments that
 are gone, a home that cannot be written."""
 import json, os, subprocess, sys
-from pathlib import Path
 import pytest
-from rlheals import chain
-from rlheals.core.environment import ChainError, isolated, job_environment
+from rlheals.core import environment
+from rlheals.core.environment import ROOT, ChainError, isolated, job_environment
+from rlheals.running import plan as planning
 from rlheals.running.plan import plan
 from rlheals.running.tables import sft_files
 from rlheals.beyond.two_checkpoints import read_prompts
 from rlheals.training.runs import Run
-
-ROOT = Path(chain.__file__).parents[1]
 
 
 @pytest.fixture
@@ -43,10 +41,12 @@ def hostile(tmp_path, monkeypatch):
 def test_a_run_is_planned_and_its_jobs_executed(hostile):
     "By the command itself: a plan, and a job that makes SFT's checkpoints."
     go = """
-from rlheals import chain
-from rlheals.profiles import Run
+import os
+from rlheals.running.tables import sft_files
+from rlheals.running.workflow import execute
+from rlheals.training.runs import Run
 r = Run('smoke', root='runs')
-chain.execute(r, targets=[chain.os.path.relpath(p, r.dir) for p in chain.sft_files(r)])
+execute(r, targets=[os.path.relpath(p, r.dir) for p in sft_files(r)])
 """
     done = subprocess.run([sys.executable, '-P', '-c', go], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
@@ -90,7 +90,7 @@ def test_what_is_well_stays_as_it_is(tmp_path, monkeypatch):
 def test_models_in_a_home_that_can_only_be_read_are_found(tmp_path, monkeypatch):
     for k in ('XDG_CACHE_HOME', 'HF_HOME'): monkeypatch.delenv(k, raising=False)
     (tmp_path/'.cache'/'huggingface').mkdir(parents=True)
-    monkeypatch.setenv('HOME', str(tmp_path)); monkeypatch.setattr(chain, '_writable', lambda folder: False)
+    monkeypatch.setenv('HOME', str(tmp_path)); monkeypatch.setattr(environment, '_writable', lambda folder: False)
     env = job_environment(tmp_path/'run')
     assert env['HF_HOME'] == str(tmp_path / '.cache' / 'huggingface') and env['XDG_CACHE_HOME'].startswith(
         str(tmp_path / 'run')
@@ -100,7 +100,7 @@ def test_models_in_a_home_that_can_only_be_read_are_found(tmp_path, monkeypatch)
 @pytest.mark.parametrize('said', ['', 'a reason'])
 def test_the_reason_is_never_empty(said, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        chain, 'snakemake', lambda *a, **k: [sys.executable, '-c', f'import sys; sys.exit({said!r} or 3)']
+        planning, 'snakemake', lambda *a, **k: [sys.executable, '-c', f'import sys; sys.exit({said!r} or 3)']
     )
     with pytest.raises(ChainError, match=said or r'says nothing \(exit status 3\)'): plan(Run('smoke', root=tmp_path))
 

@@ -7,14 +7,14 @@ __all__ = ['TAKES', 'PLACES', 'reconstruct', 'chosen', 'splice', 'polar', 'splic
            'random_rotation', 'random_parameters', 'edit_matrix', 'how_far']
 
 # %% ../../nbs/3_analysis/10_edits.ipynb #07114a19
-from ..training.rules import EDITS
+from ..training.settings import EDITS
 from .decomposition import full_precision, svd
 from .rotation import principal_angles
 
 # %% ../../nbs/3_analysis/10_edits.ipynb #81a6c4fa
 TAKES = ('directions', 'both', 'values')
 def reconstruct(
-    triple,  # U (m, r), S (r), Vt (r, n)
+    triple,  # decomposition U (m, r), S (r), Vt (r, n)
 ):  # (m, n)
     "The matrix of a singular value decomposition."
     U, S, Vt = triple
@@ -23,11 +23,11 @@ def reconstruct(
 # %% ../../nbs/3_analysis/10_edits.ipynb #d3e14afe
 def chosen(
     r: int,  # full rank
-    k_top: int,  # this many leading indices
-    k_tail: int = 0,  # this many of the last
-    k_middle: int = 0,  # and this many in the middle between them
+    k_top: int,  # number of leading indices
+    k_tail: int = 0,  # number of last indices
+    k_middle: int = 0,  # number of indices in the middle between them
 ):  # (r), bool
-    "Which indices an edit replaces."
+    "Mask of the indices that an edit replaces."
     import torch
     if min(k_top, k_tail, k_middle) < 0 or k_top + k_tail + k_middle > r:
         raise ValueError(
@@ -39,15 +39,15 @@ def chosen(
 # %% ../../nbs/3_analysis/10_edits.ipynb #befe4cde
 @full_precision()
 def splice(
-    donor,  # U (m, r), S (r), Vt (r, n)
-    target,  # the same shapes
-    k_top: int,  # this many leading indices are replaced
-    k_tail: int = 0,  # and this many of the last
-    take: str = 'directions',  # what the donor gives: `directions` (U and V), `values` (S), or `both`
-    k_middle: int = 0,  # and this many in the middle between them
-    orthogonal: bool = False,  # replace the mixed U and V by the orthonormal frames nearest to them
+    donor,  # decomposition U (m, r), S (r), Vt (r, n) of the donor
+    target,  # decomposition of the target, of the same shapes
+    k_top: int,  # number of leading indices to replace
+    k_tail: int = 0,  # number of last indices to replace
+    take: str = 'directions',  # what is taken from the donor: `directions` (U and V), `values` (S), or `both`
+    k_middle: int = 0,  # number of indices in the middle to replace
+    orthogonal: bool = False,  # replace the mixed U and V by the nearest orthonormal frames
 ):  # (m, n)
-    """The target's matrix with the donor's singular directions, values or both at the chosen indices (paper:
+    """The target's matrix with the donor's singular directions, values or both at the chosen indices (the paper's
     restoration)."""
     import torch
     if take not in TAKES: raise ValueError(f'take is one of {", ".join(TAKES)}, not {take!r}')
@@ -68,13 +68,13 @@ def polar(
 
 # %% ../../nbs/3_analysis/10_edits.ipynb #7306b5b2
 def splices(
-    donor,  # U (m, r), S (r), Vt (r, n)
-    target,  # the same shapes
-    ks: list[int],  # numbers of leading indices, ascending
-    take: str = 'directions',  # as in `splice`
-    W=None,  # (m, n), the target's matrix where it is at hand; it is changed
+    donor,  # decomposition U (m, r), S (r), Vt (r, n) of the donor
+    target,  # decomposition of the target, of the same shapes
+    ks: list[int],  # numbers of leading indices to replace, ascending
+    take: str = 'directions',  # what is taken from the donor, as in `splice`
+    W=None,  # (m, n), the target's matrix, if already computed; it is changed
 ):
-    "Yield `splice(donor, target, k)` for each k: one tensor, changed in place from each to the next."
+    "Yield `splice(donor, target, k)` for each k, as one tensor that is changed in place from each to the next."
     import torch
     if list(ks) != sorted(ks): raise ValueError(f'ks={list(ks)} must ascend: each matrix is made from the one before')
     if take not in TAKES: raise ValueError(f'take is one of {", ".join(TAKES)}, not {take!r}')
@@ -92,25 +92,25 @@ def splices(
 def interpolate(
     donor,  # (m, n)
     target,  # (m, n)
-    share: float,  # 0: the target, 1: the donor, above 1: past it
+    share: float,  # 0: the target, 1: the donor, above 1: beyond the donor
 ):  # (m, n)
-    "The matrix at a share of the straight way from the target to the donor."
+    "Linear interpolation from the target to the donor."
     return target + share * (donor - target)
 
 # %% ../../nbs/3_analysis/10_edits.ipynb #7ae73bdc
 def interpolate_matched(
     donor,  # (m, n)
     target,  # (m, n)
-    distance: float,  # Frobenius norm of the move; it may lead past the donor
+    distance: float,  # Frobenius norm of the move, which may lead beyond the donor
 ):  # (m, n)
-    "The target moved straight towards the donor by a distance."
+    "The target moved straight towards the donor by a given distance."
     gap = (donor - target).norm()
     return interpolate(donor, target, distance / gap) if gap > 0 else target.clone()
 
 # %% ../../nbs/3_analysis/10_edits.ipynb #c8310fa7
 def _random_basis(A, n, generator):  # n random orthonormal columns, orthogonal to those of A
     import torch
-    # drawn on the CPU: the same on every device
+    # drawn on the CPU, so that it is the same on every device
     noise = torch.randn(len(A), n, generator=generator, dtype=torch.float64).to(A)
     Q, R = torch.linalg.qr(torch.cat([A, noise], 1))
     return (Q * R.diagonal().sign())[:, A.shape[1]:]  # the sign makes it uniform (Mezzadri 2007)
@@ -118,18 +118,18 @@ def _random_basis(A, n, generator):  # n random orthonormal columns, orthogonal 
 # %% ../../nbs/3_analysis/10_edits.ipynb #b881a1e9
 @full_precision()
 def random_rotation(
-    donor,  # U (m, r), S (r), Vt (r, n)
-    target,  # the same shapes
-    k_top: int,  # this many leading directions are turned
-    seed: int = 0,
+    donor,  # decomposition U (m, r), S (r), Vt (r, n) of the donor
+    target,  # decomposition of the target, of the same shapes
+    k_top: int,  # number of leading directions to turn
+    seed: int = 0,  # seed of the planes
 ) -> tuple:  # U (m, r), S (r), Vt (r, n)
-    "The target's triple with its top directions turned by the donor's principal angles, but in random planes."
+    "The target's decomposition with its top directions turned by the donor's principal angles in random planes."
     import torch
     g, (Ut, S, Vt) = torch.Generator().manual_seed(seed), target
     P = _random_basis(Ut[:k_top, :0], k_top, g)
     def turned(theirs, ours):  # (m, r) each
         A, theta = ours[:, :k_top], principal_angles(theirs[:, :k_top], ours[:, :k_top]).deg2rad()
-        n = min(k_top, len(A) - k_top)  # so many angles can differ from zero, and they are the last
+        n = min(k_top, len(A) - k_top)  # only n angles can differ from zero, and they are the last
         Q = torch.nn.functional.pad(_random_basis(A, n, g), (k_top - n, 0))
         return torch.cat([(A @ P * theta.cos() + Q * theta.sin()) @ P.T, ours[:, k_top:]], 1)
     return turned(donor[0], Ut), S, turned(donor[2].T, Vt.T).T
@@ -138,10 +138,10 @@ def random_rotation(
 def random_parameters(
     donor,  # (m, n)
     target,  # (m, n)
-    k: int,  # rank of the part whose number of parameters is taken
-    seed: int = 0,
+    k: int,  # rank of the part with as many parameters
+    seed: int = 0,  # seed of the choice of entries
 ):  # (m, n)
-    "The target with `k (m + n - k)` of its entries, drawn at random, from the donor."
+    "The target with `k (m + n - k)` of its entries, chosen at random, taken from the donor."
     import torch
     m, n = target.shape
     i = torch.randperm(m * n, generator=torch.Generator().manual_seed(seed))[:k * (m + n - k)].to(target.device)
@@ -154,15 +154,15 @@ PLACES = ('top', 'tail', 'middle')
 
 # %% ../../nbs/3_analysis/10_edits.ipynb #eb84c4bd
 def edit_matrix(
-    donor,  # U (m, r), S (r), Vt (r, n)
-    target,  # the same shapes
-    edit: str,  # one of `EDITS`
+    donor,  # decomposition U (m, r), S (r), Vt (r, n) of the donor
+    target,  # decomposition of the target, of the same shapes
+    edit: str,  # name of the edit, one of `EDITS`
     k: int,  # number of directions
-    seed: int = 0,  # for `random` and `parameters`
-    where: str = 'top',  # `top`, `tail` or `middle`: which k directions
+    seed: int = 0,  # seed of `random` and `parameters`
+    where: str = 'top',  # place of the k directions in the spectrum: `top`, `tail` or `middle`
 ):  # (m, n)
-    """One matrix edited; `interpolation` goes k / r of the straight way, `matched` as far as `directions` would with
-    the same k, `whole` all the way whatever k is."""
+    """Edit one matrix. `interpolation` moves by k / r towards the donor, `matched` as far as `directions` would with
+    the same k, `whole` all the way for any k above 0."""
     if edit not in EDITS: raise ValueError(f'there is no edit {edit!r}: use one of {", ".join(EDITS)}')
     if where not in PLACES: raise ValueError(f'where is one of {", ".join(PLACES)}, not {where!r}')
     if edit == 'random' and where != 'top': raise ValueError(f"'random' turns the top directions only, not the {where}")
@@ -180,10 +180,10 @@ def edit_matrix(
 def how_far(
     donor,  # (m, n)
     target,  # (m, n)
-    edited,  # (m, n)
+    edited,  # (m, n), the target after the edit
 ) -> dict:
-    """An edit's `size`, its `progress` along the way to the donor and what is `left` of it, all in units of that way's
-    length."""
+    """The `size` of an edit, its `progress` in the direction of the donor, and the distance `left` to the donor, all
+    relative to the distance between target and donor."""
     gap, move = donor - target, edited - target
     return dict(
         size=(move.norm() / gap.norm()).item(),

@@ -12,25 +12,25 @@ from .decomposition import full_precision, leading_svd
 @full_precision()
 def intruder_dimensions(
     U, U_new,  # (m, r), left singular vectors before and after, leading ones first
-    k: int = 10,  # how many leading vectors are looked at
-    below: float = .5,  # cosine with each vector of before
+    k: int = 10,  # number of leading vectors to look at
+    below: float = .5,  # largest cosine with an earlier vector, for an intruder
 ) -> int:
-    "How many leading singular vectors resemble none of the earlier ones (Shuttleworth et al., arXiv 2410.21228)."
+    "Number of leading singular vectors that resemble none of the earlier ones (Shuttleworth et al., arXiv 2410.21228)."
     return int(((U.T @ U_new[:, :k]).abs().amax(0) < below).sum())
 
 # %% ../../nbs/3_analysis/09_measures.ipynb #1e617b35
 def share_moved(
-    W, W_new,  # (m, n), before and after
-    tolerance: float = 1e-3,  # relative; 0: any change counts
+    W, W_new,  # (m, n), matrix before and after
+    tolerance: float = 1e-3,  # relative change above which an entry counts as moved
 ) -> float:
-    "The share of entries that changed by more than bfloat16 resolves (Zhu et al., arXiv 2511.08567)."
+    "Share of entries that changed by more than bfloat16 resolves (Zhu et al., arXiv 2511.08567)."
     import torch
     return ((W_new - W).abs() > tolerance * torch.maximum(W.abs(), W_new.abs())).float().mean().item()
 
 # %% ../../nbs/3_analysis/09_measures.ipynb #b53cb9f7
 @full_precision()
 def stable_rank(
-    dW,  # (m, n)
+    dW,  # update, (m, n)
 ) -> float:
     "`|dW|_F^2 / |dW|_2^2` (Rudelson & Vershynin 2007); NaN for a matrix of zeros."
     largest = leading_svd(dW, 1)[1]

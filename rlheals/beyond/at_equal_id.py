@@ -207,7 +207,7 @@ def preserve_tests(
     return pairs
 
 # %% ../../nbs/5_beyond/06_at_equal_id.ipynb #ac1ceb75
-@figure('sft_evaluation', 'preserve')
+@figure('sft_evaluation', 'preserve', name='S3', title='SFT that is held back', on_request=True)
 def s3(tables):
     """Left: ID and OOD accuracy along training (mean over seeds; thin: seeds; large point: the last checkpoint).
 
@@ -260,10 +260,12 @@ def s3(tables):
     )
 
 # %% ../../nbs/5_beyond/06_at_equal_id.ipynb #9c090dee
+@s3.reads
 def reading_s3(
-    tests,  # of `preserve_tests`
+    data,  # the table behind S3
 ) -> str:
     "Whether RPSFT keeps more OOD accuracy at equal ID accuracy than plain SFT and than each other method."
+    tests = data[data.what == 'test']
     out = [] if len(tests) else ['there is no RPSFT among the methods.']
     for r in tests.to_dict('records'):
         said = f"{method_name(r['method'])} against {method_name(r['against'])}: "
@@ -276,7 +278,7 @@ def reading_s3(
             else f"not sure (Holm p = {r['p_holm']:.2g})"
         )
         out.append(
-            said
-            + f"{in_points(r)} of OOD accuracy at equal ID accuracy, {r['seeds']:.0f} of {r['of']:.0f} seeds; {verdict}."
+            f"{said}{in_points(r)} of OOD accuracy at equal ID accuracy, {r['seeds']:.0f} of {r['of']:.0f} seeds; "
+            f"{verdict}."
         )
     return '\n'.join(f'- {line}' for line in out)

@@ -26,7 +26,7 @@ from .two_checkpoints import PROMPTS, RESOLVED, divergence, logps, matrix_rows
 from .in_words import explain, percent
 
 # %% ../../nbs/5_beyond/12_compare.ipynb #b5cdfb6d
-def _measured(rows, share, base):  # rows of the matrices whose leading directions are determined, with their names
+def _measured(rows, share, base):  # rows of matrices whose leading directions are determined, with names added
     def f(at):
         if share is not None:
             S = at.svd(base)[1]
@@ -37,7 +37,7 @@ def _measured(rows, share, base):  # rows of the matrices whose leading directio
 
 # %% ../../nbs/5_beyond/12_compare.ipynb #2861cd7c
 TABLES = ('matrices', 'spectra', 'angles', 'energy', 'states', 'drift', 'next_token', 'restoration')
-def _foreign(out):  # what lies in a directory and is not a result of `compare`
+def _foreign(out):  # files in a directory that are not results of `compare`
     ours = {'compare', *TABLES, *SECTIONS}
     return sorted(f.name for f in out.iterdir() if f.name not in ('svd', '.ipynb_checkpoints')
                   and Path(f.name.lstrip('.')).stem.split('.')[0] not in ours)
@@ -45,10 +45,10 @@ def _foreign(out):  # what lies in a directory and is not a result of `compare`
 # %% ../../nbs/5_beyond/12_compare.ipynb #18a1f327
 @contextmanager
 def results(
-    out,  # directory of the results; an earlier result there is replaced
+    out,  # directory of the results, in which an earlier result is replaced
 ):
-    """Yield a directory beside `out` that takes its place if the block succeeds, with the decompositions of earlier
-    runs."""
+    """Yield a directory next to `out`, with the decompositions of earlier runs, that replaces `out` if the block
+    succeeds."""
     out = Path(out)
     if out.exists() and not out.is_dir(): raise ValueError(f'{str(out)!r} is a file: give a directory for the results')
     try:
@@ -75,22 +75,22 @@ def _link(old, new):
 
 # %% ../../nbs/5_beyond/12_compare.ipynb #d8fd7438
 def compare(
-    base, tuned,  # each a directory, GGUF file, adapter or name on the hub
+    base, tuned,  # checkpoints: directories, GGUF files, adapters or names on the hub
     out,  # directory for the results
-    donor=None,  # the same: whose directions to put into `tuned`
+    donor=None,  # checkpoint whose directions are put into `tuned`
     kinds=KINDS,  # kinds of matrices; `None`: all, embeddings included
     share: float = .25,  # size of the leading subspaces, as a share of the full rank
-    prompts: list[str] | None = None,  # default: `PROMPTS`
-    dtype: str = 'float32',  # to decompose in; `float64` for checkpoints less than 0.01 degrees apart
-    device: str = 'auto',
-    threads: int = 1,
-    ranks=(.25, .5, 1.),  # of the restoration
-    say=print,  # takes one line of text
-    weights_only: bool = False,  # no hidden states and next tokens; needs no tokenizer, and opens no model
-    leading: bool = False,  # decompose the leading `share` alone
+    prompts: list[str] | None = None,  # prompts for hidden states and next tokens (default: `PROMPTS`)
+    dtype: str = 'float32',  # type to decompose in; `float64` for checkpoints less than 0.01 degrees apart
+    device: str = 'auto',  # device to compute on
+    threads: int = 1,  # number of threads
+    ranks=(.25, .5, 1.),  # shares of the rank for the restoration
+    say=print,  # function that shows a line of text
+    weights_only: bool = False,  # skip hidden states and next tokens, which need models and a tokenizer
+    leading: bool = False,  # decompose only the leading `share`
 ) -> dict:  # name -> DataFrame
-    """Write tables (Parquet), figures (PNG, SVG, with their CSV) and the notebook `compare.ipynb` to a directory; the
-    decompositions stay in its `svd/`."""
+    """Compare two checkpoints: writes tables (Parquet), figures (PNG, SVG, with their CSV) and the notebook
+    `compare.ipynb` to a directory; decompositions are kept in its `svd/`."""
     given = dict(base=base, tuned=tuned) | (dict(donor=donor) if donor else {})
     rank_of_share(share, 1)
     if dtype not in ('float32', 'float64'): raise ValueError(f'dtype is float32 or float64, not {dtype!r}')
@@ -125,7 +125,7 @@ def compare(
     return tables
 
 # %% ../../nbs/5_beyond/12_compare.ipynb #c2aa48bf
-def _prepare(given, kinds, say):  # checkpoints on their bases, their matrices, notes
+def _prepare(given, kinds, say):  # checkpoints with adapters on their bases, their matrices, notes
     notes = []
     for k, c in given.items():
         if k != 'base': given = given | {k: on_base(c, given['base'])}
@@ -135,7 +135,7 @@ def _prepare(given, kinds, say):  # checkpoints on their bases, their matrices, 
     return given, catalogues(given.values(), kinds), notes  # the same matrices in all
 
 # %% ../../nbs/5_beyond/12_compare.ipynb #79d56ae9
-def _prepare_states(given, notes, say):  # the tokenizer, and how many tokens all predict
+def _prepare_states(given, notes, say):  # the tokenizer, and the number of tokens that all models predict
     known = len(notes)
     source = next((k for k in given if has_tokenizer(given[k])), None)
     if not source: raise ValueError(f'there is no tokenizer with {" or ".join(repr(str(c)) for c in given.values())}: '
@@ -153,7 +153,7 @@ def _prepare_states(given, notes, say):  # the tokenizer, and how many tokens al
 
 # %% ../../nbs/5_beyond/12_compare.ipynb #21dbabb4
 def _states(given, found, tok, words, prompts, device, notes,
-            say):  # tables of drift; what is needed for the restoration; matrices that a model does not use
+            say):  # tables of drift; inputs of the restoration; matrices that a model does not use
     say(f'hidden states: {len(prompts)} prompts')
     contexts, answers, seen, without, reference = [encode(tok, [p]) for p in prompts], None, {}, set(), None
     for label, c in given.items():
@@ -179,7 +179,7 @@ def _states(given, found, tok, words, prompts, device, notes,
     return tables, (reference, contexts, answers), without
 
 # %% ../../nbs/5_beyond/12_compare.ipynb #55c03a84
-def _checked(given, found, without, share, dtype, device, cache, say):  # how exact the leading part is, in a sentence
+def _checked(given, found, without, share, dtype, device, cache, say):  # a sentence on the accuracy of the leading part
     say('the leading part against the full decomposition')
     base, first, off, angle = str(given['base']), {}, 0., 0.
     for name, m in found[base].items():
@@ -196,13 +196,13 @@ def _checked(given, found, without, share, dtype, device, cache, say):  # how ex
             f'{angle:.1g}° (mean angle).')
 
 # %% ../../nbs/5_beyond/12_compare.ipynb #619b5b1b
-def _time_left(say, every=10.):  # says how many matrices are done, and how long the rest may take
+def _time_left(say, every=10.):  # reports how many matrices are done, and the time left
     times, said = [time.monotonic()], time.monotonic()
     def progress(i, n):
         nonlocal said
         times.append(now := time.monotonic())
         if now - said < every and i < n: return
-        recent, said = times[-41:], now  # layers that are taken from an earlier run cost nothing
+        recent, said = times[-41:], now  # recent ones only: matrices from an earlier run take no time
         left = (n - i) * (now - recent[0]) / (len(recent) - 1)
         say(f'  {i} of {n}' + (f', about {clock(left)} (minutes:seconds) left' if i < n else ''))
     return progress
@@ -241,7 +241,7 @@ def _restore(given, found, without, kinds, ranks, dtype, device, cache, tok, wor
     return pd.concat(rows, ignore_index=True)
 
 # %% ../../nbs/5_beyond/12_compare.ipynb #00592c40
-SECTIONS = dict(  # heading, figure function (in which module), tables
+SECTIONS = dict(  # heading, figure function (with its module), tables
     spectra=('The singular values', 'any_two_checkpoints.spectra_figure', ['spectra']),
     rotation=('The directions', 'any_two_checkpoints.rotation_figure', ['matrices']),
     energy=('Scaling or rotation?', 'values_or_directions.f13', ['energy']),
@@ -261,7 +261,8 @@ def _write(tables, given, share, dtype, out, notes, say, leading):  # the figure
     cells = [cell.new_markdown_cell(f"# {Path(given['tuned']).name} compared with "
                                     f"{Path(given['base']).name}\n\n{words['summary']}\n\nMade by `rlheals compare`; "
                                     "the numbers behind every sentence are in the tables beside this notebook."),
-             cell.new_code_cell("import pandas as pd\nfrom rlheals.results import any_two_checkpoints, do_hidden_states_drift, "
+             cell.new_code_cell("import pandas as pd\n"
+                                "from rlheals.results import any_two_checkpoints, do_hidden_states_drift, "
                                 "values_or_directions\n\ndef table(name): "
                                 "return pd.read_parquet(f'{name}.parquet')\n"
                                 "table('matrices').groupby('kind')[['change', 'spectrum_change', "

@@ -23,15 +23,15 @@ from ..analysis.evaluation import evaluate_run, evaluation_parts
 # %% ../../nbs/5_beyond/02_conditions.ipynb #59a7d1ce
 @dataclass(frozen=True)
 class Condition:
-    "One thing that is changed."
-    says: str  # what, in a few words
-    changes: object = lambda c: []  # settings of the run -> `section.key=value`, of RL and what comes with it
-    sft: str = ''  # the name of its own SFT, shared by conditions that have the same (empty: the run's own)
-    stage: str = 'rl'  # or `grpo`
-    halves: tuple = ()  # the half of the training problems for SFT, and that for RL; only for tasks with few problems
+    "One change of a run's settings."
+    says: str  # description in a few words
+    changes: object = lambda c: []  # function: settings of the run -> list of `section.key=value`
+    sft: str = ''  # name of its own SFT, shared by conditions with the same one (empty: the run's SFT)
+    stage: str = 'rl'  # `rl` or `grpo`
+    halves: tuple = ()  # half of the training problems for SFT, and for RL; only for tasks with few problems
 
 # %% ../../nbs/5_beyond/02_conditions.ipynb #d60bec1c
-def _times(key, x):  # a setting multiplied; a count stays one, of at least 1
+def _times(key, x):  # multiply a setting; integers stay integers of at least 1
     section, name = key.split('.')
     value = lambda v: max(1, int(v * x)) if isinstance(v, int) else v * x
     return lambda c: [f'{key}={value(c[section][name])}']
@@ -60,7 +60,7 @@ CONDITIONS = dict(
 
 # %% ../../nbs/5_beyond/02_conditions.ipynb #b22e56f7
 def conditions_of(run: Run) -> list[str]:
-    "The names of the conditions that a run tries: those of `conditions.names` that its task can have."
+    "Names of the conditions that a run tries: those of `conditions.names` that apply to its task."
     can = lambda c: (
         (not c.halves or run.task_name == 'general_points')
         and ('tries' in run.config['task'] or 'tries' not in str(c.changes(dict(run.config, task=dict(tries=1)))))
@@ -72,7 +72,7 @@ def halved(
     task: Task,
     half: int,  # 0 or 1
 ) -> Task:
-    "The task with one half of its training problems, by a hash of their keys; its other splits as they are."
+    "The task with one half of its training problems, chosen by a hash of their keys; other splits are unchanged."
     out = copy.copy(task)
     def sample(rng, split):
         while True:
@@ -84,17 +84,17 @@ def halved(
 # %% ../../nbs/5_beyond/02_conditions.ipynb #f3b498a6
 @dataclass(frozen=True)
 class Nested(Run):
-    "A run inside the directory of another one, perhaps with half of the training problems."
-    half: int = -1  # -1: all
+    "A run inside the directory of another one, optionally with half of the training problems."
+    half: int = -1  # half of the training problems, 0 or 1 (-1: all)
 
     def task(self):
-        "The task, as the profile sets it, perhaps halved."
+        "The task, as the profile sets it, halved if asked for."
         task = super().task()
         return task if self.half < 0 else halved(task, self.half)
 
 # %% ../../nbs/5_beyond/02_conditions.ipynb #02e5738d
-def _inside(run, place, changes, half=-1):  # a run in a directory of the run's; as many threads as the job has
-    # other processes would not know of the half
+def _inside(run, place, changes, half=-1):  # a run in a subdirectory, with the threads of the job
+    # one process, because others would not know about the half
     t, plain = run.config['conditions']['threads'], [f'{s}.processes=1' for s in ('sft', 'rl')] if half >= 0 else []
     return Nested(
         run.profile,
@@ -108,9 +108,9 @@ def _inside(run, place, changes, half=-1):  # a run in a directory of the run's;
 # %% ../../nbs/5_beyond/02_conditions.ipynb #7bb45bfe
 def condition_run(
     run: Run,
-    name: str,  # one of `CONDITIONS`
+    name: str,  # name of a condition, from `CONDITIONS`
 ) -> tuple[Run, Run | None]:
-    "The runs inside a run that RL and, where it is not the run's own, SFT of a condition are done in."
+    "The nested runs of a condition: that of RL, and that of SFT (None: the run's own SFT)."
     if name not in CONDITIONS: raise ValueError(f"there is no condition {name!r}: use one of {', '.join(CONDITIONS)}")
     c, starts = CONDITIONS[name], ','.join(map(str, run.config['conditions']['starts']))
     changes = c.changes(run.config)
@@ -126,9 +126,9 @@ def condition_run(
 # %% ../../nbs/5_beyond/02_conditions.ipynb #0905833b
 def made_already(
     run: Run,
-    name: str,
+    name: str,  # name of a condition, from `CONDITIONS`
 ) -> list[int]:
-    "The starts from which the run itself does what the condition asks for."
+    "The starts from which the run itself already trains under this condition."
     inside, sft = condition_run(run, name)
     stage = CONDITIONS[name].stage
     def same(s): a, b = (decisive(r.config, s)[s] | dict(starts=None) for r in (run, inside)); return a == b
@@ -142,7 +142,7 @@ def made_already(
 # %% ../../nbs/5_beyond/02_conditions.ipynb #30abb1bd
 def condition_inputs(
     run: Run,
-    name: str,
+    name: str,  # name of a condition, from `CONDITIONS`
 ) -> list[Path]:
     "The tables and checkpoints of the run that a condition needs."
     stage, here = CONDITIONS[name].stage, made_already(run, name)
@@ -158,12 +158,12 @@ def condition_inputs(
     )
 
 # %% ../../nbs/5_beyond/02_conditions.ipynb #df9b7db5
-# the SFT checkpoints of a condition: made where they are not the run's own, and linked to where RL looks for them
+# the SFT checkpoints of a condition: trained if they are not the run's own, and linked to where RL expects them
 def _sft_of(run, inside, sft):
     from filelock import FileLock
     if sft:
         sft.path().mkdir(parents=True, exist_ok=True)
-        with FileLock(Path(sft.root)/'.lock'):  # two conditions that share it may come at the same time
+        with FileLock(Path(sft.root)/'.lock'):  # two conditions that share it may run at the same time
             if not sft.table('losses').exists(): sft_stage(sft)
     for s in run.config['conditions']['starts']:
         link, there = inside.checkpoint('sft', s), (sft or run).checkpoint('sft', s)
@@ -172,14 +172,14 @@ def _sft_of(run, inside, sft):
         link.symlink_to(os.path.relpath(there.resolve(), link.parent.resolve()), target_is_directory=True)
 
 # %% ../../nbs/5_beyond/02_conditions.ipynb #ac05079a
-def _seen(run, model_path, stage, step):  # a checkpoint on the run's own problems, by its own rules
+def _seen(run, model_path, stage, step):  # evaluate a checkpoint on the run's own problems, under its own rules
     m = run.config['model']
     table = evaluate_run(run, *load_model(model_path, m['device'], m['dtype']))
     table.insert(0, 'stage', stage); table.insert(1, 'checkpoint', step)
     return table
 
 # %% ../../nbs/5_beyond/02_conditions.ipynb #35d1fd9d
-def _of_log(log, stage, start):  # what RL was given, and how far it went, as rows of an evaluation
+def _of_log(log, stage, start):  # first and last update of training, as rows of an evaluation
     import pandas as pd
     wide = log.pivot(index='update', columns='metric', values='value')
     said = dict(
@@ -208,7 +208,7 @@ def _of_log(log, stage, start):  # what RL was given, and how far it went, as ro
 # %% ../../nbs/5_beyond/02_conditions.ipynb #623467f9
 def condition_stage(
     run: Run,
-    name: str,  # one of `CONDITIONS`
+    name: str,  # name of a condition, from `CONDITIONS`
     progress=lambda done, total: None,
 ):
     "RL of a run under one condition, from `conditions.starts`: writes the table `condition-NAME`."
@@ -245,7 +245,7 @@ def condition_stage(
                 _of_log(inside.load(f'{stage}-{s:06d}'), stage, s),
             ]
     table = run.save(pd.concat(tables, ignore_index=True).assign(condition=name), f'condition-{name}')
-    shutil.rmtree(inside.root)  # weights and all: the links in it are not followed
+    shutil.rmtree(inside.root)  # with its weights; links in it are not followed
     if sft and all(
         run.table(f'condition-{n}').exists() for n in conditions_of(run) if CONDITIONS[n].sft == CONDITIONS[name].sft
     ):

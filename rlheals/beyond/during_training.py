@@ -17,10 +17,10 @@ from .two_checkpoints import PROMPTS, divergence, logps
 
 # %% ../../nbs/5_beyond/14_during_training.ipynb #a960230f
 def current_weights(
-    model,  # plain, or with peft's adapters
-    kinds=KINDS,  # names of kinds
+    model,  # model in training, plain or with peft's adapters
+    kinds=KINDS,  # kinds of matrices
 ):
-    "Yield (name, layer, kind, float32 matrix) of a model in training, adapters included, one at a time."
+    "Yield (name, layer, kind, float32 matrix) of a model in training, one at a time, with adapters added."
     for name, module in model.named_modules():
         if not (known := parse_name(f'{name}.weight')) or known[1] not in kinds: continue
         base = getattr(module, 'base_layer', module)
@@ -36,30 +36,30 @@ def current_weights(
         yield name, *known, W
 
 # %% ../../nbs/5_beyond/14_during_training.ipynb #4140c216
-WARM = 5  # steps, after the first, by which the interval is chosen
-COST = .05  # share of the time that measuring may take
+WARM = 5  # number of steps, after the first, that are timed to choose the interval
+COST = .05  # largest share of the time for measuring
 def interval_for(
-    measuring: float,  # seconds for one measurement
-    step: float,  # seconds for a step of training
+    measuring: float,  # seconds per measurement
+    step: float,  # seconds per training step
 ) -> int:
-    "An interval in steps, 1, 2 or 5 times a power of ten, that keeps measuring at `COST` of the time."
+    "An interval in steps (1, 2 or 5 times a power of ten) that keeps measuring below `COST` of the time."
     wanted = max(1., measuring / (COST * step)) - 1e-9
     scale = 10 ** math.floor(math.log10(wanted)) if wanted > 1 else 1
     return next(int(m * scale) for m in (1, 2, 5, 10) if m * scale >= wanted)
 
 # %% ../../nbs/5_beyond/14_during_training.ipynb #62d3812e
 class RotationCallback:
-    """Logs how far the weights have turned since training began, where the trainer logs.
+    """Log how far the weights have turned since training began, where the trainer logs.
 
-    `weights/change` (relative Frobenius norm), `weights/rotation_left` and `weights/rotation_right` (degrees, mean
-    principal angle of the leading directions), each the mean over matrices, and `weights/kl` (nats, forward divergence
-    of next tokens). `rows` keeps the numbers of each matrix."""
+    The curves are `weights/change` (relative Frobenius norm), `weights/rotation_left` and `weights/rotation_right`
+    (degrees, mean principal angle of the leading directions), each averaged over matrices, and `weights/kl` (nats,
+    forward divergence of next tokens). `rows` keeps the numbers of each matrix."""
     def __init__(self,
-        trainer,  # of transformers or TRL
-        every: int | None = None,  # steps; `None`: chosen by `interval_for` after the first steps
+        trainer,  # trainer of transformers or TRL
+        every: int | None = None,  # interval in steps; `None`: chosen by `interval_for` after the first steps
         kinds=KINDS,  # kinds of matrices
         share: float = .25,  # size of the leading subspaces, as a share of the full rank
-        prompts=None,  # texts to measure the divergence on; `None`: those of `compare`; empty: none is measured
+        prompts=None,  # texts on which divergence is measured; `None`: those of `compare`; empty: none
     ):
         if every is not None and every < 1: raise ValueError(f'every is a number of steps from 1 on, not {every}')
         rank_of_share(share, 1)
@@ -68,7 +68,7 @@ class RotationCallback:
         self.rows, self.start, self.seconds, self.last = [], {}, 0., None
 
     def on_train_begin(self, args, state, control, **kw):
-        "Keep the weights, their leading directions, and the next-token distributions of the start."
+        "Store the weights, their leading directions, and the next-token distributions at the start."
         began, model = time.perf_counter(), self.plain()
         self.start = {n: (W.cpu().clone(), *self._leading(W)) for n, _, _, W in current_weights(model, self.kinds)}
         if not self.start:
@@ -77,10 +77,10 @@ class RotationCallback:
         self.contexts = [encode(tok, [p]) for p in self.prompts] if tok is not None else []
         with _evaluating(model):
             self.reference = list(logps(model, self.contexts, [[] for _ in self.contexts]))
-        self.took, self.steps = time.perf_counter() - began, 0  # about what a measurement takes
+        self.took, self.steps = time.perf_counter() - began, 0  # about the time of a measurement
 
     def on_step_end(self, args, state, control, **kw):
-        "Measure and log, if it is time."
+        "Measure and log, if it is due."
         self.steps += 1
         if self.steps == 1: self.began = time.perf_counter()  # the first step is slower than others
         elif self.every is None and self.steps > WARM:
@@ -88,16 +88,16 @@ class RotationCallback:
         if self.every is not None and state.global_step % self.every == 0: self.measure(state.global_step)
 
     def on_train_end(self, args, state, control, **kw):
-        "The end is measured, whatever the interval."
+        "Measure at the end, whatever the interval."
         if self.last != state.global_step: self.measure(state.global_step)
 
     def __getattr__(self, name):
-        # at other events nothing happens, as with `TrainerCallback`, which takes seconds to import
+        # do nothing at other events, like `TrainerCallback`, whose import takes seconds
         if name.startswith('on_'): return lambda *args, **kw: None
         raise AttributeError(name)
 
     def plain(self):
-        "The model without what wraps it for several processes."
+        "The model without its wrapper for several processes."
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
 
     def _leading(self, W):
@@ -108,7 +108,7 @@ class RotationCallback:
 
     @full_precision()
     def measure(self, step: int):
-        "Measure now; the numbers are logged and kept in `rows`."
+        "Measure now, log the numbers and keep them in `rows`."
         import torch
         from transformers import Trainer
         began, model, found = time.perf_counter(), self.plain(), []
@@ -127,7 +127,7 @@ class RotationCallback:
                 kl = divergence(model, self.reference, self.contexts, [[] for _ in self.contexts])
             logs['weights/kl'] = kl.mean().item()
         self.last, self.seconds = step, self.seconds + time.perf_counter() - began
-        Trainer.log(self.trainer, logs)  # that of TRL would also send off, early, what it averages until its next log
+        Trainer.log(self.trainer, logs)  # TRL's own `log` would also flush the averages it collects until its next log
 
     def _angle(self, A, B):
         k = min(A.shape[1], B.shape[1])
@@ -146,11 +146,11 @@ def _evaluating(model):  # without dropout
 
 # %% ../../nbs/5_beyond/14_during_training.ipynb #89b76fa6
 def rotation_preserving(
-    trainer_class,  # `Trainer` of transformers, `SFTTrainer` of TRL, or one derived from them
-    weight: float = 1.,  # of the penalty
-    share: float = .2,  # of the rank: size of the leading subspaces that are held
+    trainer_class,  # `Trainer` of transformers, `SFTTrainer` of TRL, or a subclass
+    weight: float = 1.,  # weight of the penalty
+    share: float = .2,  # size of the leading subspaces that are held, as a share of the rank
 ):
-    "The same trainer with the loss of rotation-preserving SFT (RPSFT, arXiv 2605.10973)."
+    "A subclass of the trainer with the loss of rotation-preserving SFT (RPSFT, arXiv 2605.10973)."
     if not 0 <= weight < float('inf'): raise ValueError(f'the weight of the penalty is 0 or more, not {weight}')
     class RotationPreserving(trainer_class):
         _penalty = None
@@ -161,7 +161,7 @@ def rotation_preserving(
             if self._penalty is None: self._penalty = rotation_penalty(plain, share, weight)
             if not model.training: return got  # evaluation reports the loss itself
             more = self._penalty(plain)
-            # where the loss is a sum over the tokens of all parts of a batch, parts are added up and not averaged
+            # with this argument the losses of accumulated parts are added, not averaged, so each gets its share
             if num_items_in_batch is not None: more = more / self.current_gradient_accumulation_steps
             return (got[0] + more, *got[1:]) if return_outputs else got + more
     RotationPreserving.__name__ = f'RotationPreserving{trainer_class.__name__}'

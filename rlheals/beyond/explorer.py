@@ -21,10 +21,10 @@ def _turn(row):  # an answer and its verdict
     return f'<div style="margin-left:1em"><code>{escape(row.answer) or "(nothing)"}</code> {verdict}</div>'
 
 # %% ../../nbs/5_beyond/17_explorer.ipynb #81e9ec1c
-def _episode(d, last=False):  # one episode (or its last step): what was asked, and all tries
+def _episode(d, last=False):  # one episode (or its last step): the prompt and all tries
     out = []
     for row in d[d.turn >= d[d.tried == 0].turn.max()].itertuples() if last else d.itertuples():
-        # a new step; other follow-ups say no more than the reason
+        # only the prompt of a new step: other follow-ups repeat the reason
         if row.tried == 0: out.append(f'<div style="opacity:.7">{escape(row.asked)}</div>')
         out.append(_turn(row))
     return ''.join(out)
@@ -32,11 +32,11 @@ def _episode(d, last=False):  # one episode (or its last step): what was asked, 
 # %% ../../nbs/5_beyond/17_explorer.ipynb #47ba90aa
 def answers_html(
     tables: dict,  # task -> table
-    task: str,
-    stage: str,
-    checkpoint: int,
+    task: str,  # name of the task
+    stage: str,  # `sft` or `rl`
+    checkpoint: int,  # SFT step, or the step that RL started from
 ) -> str:
-    "The answers of a checkpoint, ID beside OOD: all tries, each with the verifier's reason."
+    "The answers of a checkpoint as HTML, ID beside OOD: all tries, each with the verifier's reason."
     found, out = part(tables[task], 'answers', stage=stage, checkpoint=checkpoint), []
     for split, d in found.groupby('split'):
         episodes = [e for _, e in d.sort_values('turn').groupby('episode')]
@@ -55,12 +55,12 @@ def answers_html(
 # %% ../../nbs/5_beyond/17_explorer.ipynb #ec3639b8
 def answers_table(
     tables: dict,  # task -> table
-    task: str,
+    task: str,  # name of the task
     checkpoints: dict,  # name -> (stage, checkpoint)
-    episodes: int = 3,  # per split
+    episodes: int = 3,  # number of episodes per split
 ) -> str:
-    """The answers of a few checkpoints to the same problems (to the last step they came to), side by side, as a plain
-    HTML table."""
+    """The answers of a few checkpoints to the same problems (at the last step that each reached), side by side, as a
+    plain HTML table."""
     cells = {name: part(tables[task], 'answers', stage=s, checkpoint=c) for name, (s, c) in checkpoints.items()}
     cell = lambda d, split, i: _episode(d[(d.split == split) & (d.episode == i)].sort_values('turn'), last=True)
     head = ''.join(f'<th>{escape(n)} ({STAGES[s]} {c})</th>' for n, (s, c) in checkpoints.items())
@@ -75,7 +75,7 @@ def answers_table(
 
 # %% ../../nbs/5_beyond/17_explorer.ipynb #6f769579
 class Explorer:
-    "Widgets for the choice, the picture and the answers; show it as the last line of a cell."
+    "Widgets for the choice, the picture and the answers; put it on the last line of a cell to show it."
     def __init__(self, tables: dict):  # task -> table
         import ipywidgets as w
 
@@ -116,7 +116,7 @@ class Explorer:
         )
         self._refill()
 
-    def _refill(self, _=None):  # another task or stage has other checkpoints and matrices; keep what can be kept
+    def _refill(self, _=None):  # another task or stage has other checkpoints; keep the choice if possible
         c, p = {k: v.value for k, v in self.controls.items()}, self.panels[self.controls['task'].value]
         choices = dict(
             checkpoint=p.steps[c['stage']],

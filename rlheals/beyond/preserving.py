@@ -20,12 +20,12 @@ from ..analysis.decomposition import full_precision, rank_of_share, svd
 # %% ../../nbs/5_beyond/05_preserving.ipynb #476e064b
 @full_precision()
 def rotation_penalty(
-    model,  # as pretrained: its weights now are the ones to keep
-    share: float = .2,  # k of the leading subspaces, as a share of each matrix's rank
-    weight: float = 1.,
+    model,  # pretrained model, whose current weights are to be kept
+    share: float = .2,  # size k of the leading subspaces, as a share of each matrix's rank
+    weight: float = 1.,  # weight of the penalty
 ):
-    """A function (model -> scalar): `weight` times the sum of `|U_k^T (W - W0) V_k|_F^2` over the 2-D weights of the
-    layers, the embeddings and the head (RPSFT, arXiv 2605.10973, as in its authors' code)."""
+    """A function model -> scalar: `weight` times the sum of `|U_k^T (W - W0) V_k|_F^2` over the 2-D weights of the
+    layers, the embeddings and the head (RPSFT, arXiv 2605.10973, as in the authors' code)."""
     import torch
 
     if is_lora(model):
@@ -52,10 +52,10 @@ def rotation_penalty(
 
 # %% ../../nbs/5_beyond/05_preserving.ipynb #d6116db8
 def start_penalty(
-    model,  # as pretrained
-    weight: float = 1.,
+    model,  # pretrained model
+    weight: float = 1.,  # weight of the penalty
 ):
-    """A function (model -> scalar): `weight / 2` times the squared distance of all parameters from the start (L2-SP,
+    """A function model -> scalar: `weight / 2` times the squared distance of all parameters from the start (L2-SP,
     arXiv 1802.01483)."""
     if is_lora(model):
         raise ValueError(
@@ -70,15 +70,15 @@ def start_penalty(
     return penalty
 
 # %% ../../nbs/5_beyond/05_preserving.ipynb #bd7d90f8
-# and how figures call them
+# kind of method -> its name in figures
 KINDS = dict(sft='plain SFT', rpsft='RPSFT', l2='L2 to the start', lora='LoRA', osf='OSF')
-_NUMBERS = dict(lora='rank', osf='frozen')  # what the number is; of the others a weight
+_NUMBERS = dict(lora='rank', osf='frozen')  # meaning of a method's number; for the others, a weight
 
 # %% ../../nbs/5_beyond/05_preserving.ipynb #ce5e71e5
 def parse_method(
-    method: str,  # like `rpsft-1`; `sft` is plain SFT
+    method: str,  # name of a method, like `rpsft-1`; `sft` is plain SFT
 ) -> tuple[str, float]:
-    "Its kind and its number; `ValueError` lists the kinds."
+    "Kind and number of a method; `ValueError` lists the kinds."
     if method == 'sft': return 'sft', 0.
     kind, _, number = method.partition('-')
     try: value = float(number)
@@ -93,20 +93,20 @@ def parse_method(
 
 # %% ../../nbs/5_beyond/05_preserving.ipynb #31a7eb8e
 def method_name(method: str) -> str:
-    "How figures and tables call it."
+    "The name of a method in figures and tables."
     kind, value = parse_method(method)
     return KINDS[kind] if kind == 'sft' else f"{KINDS[kind]} ({_NUMBERS.get(kind, 'weight')} {value:g})"
 
 # %% ../../nbs/5_beyond/05_preserving.ipynb #63da2b24
 def train_preserving(
     run: Run,
-    method: str,  # like `rpsft-1`
-    steps,  # at which `keep` is called
-    keep,  # (step, model, tokenizer)
+    method: str,  # name of a method, like `rpsft-1`
+    steps,  # steps at which `keep` is called
+    keep,  # function of (step, model, tokenizer)
     progress=lambda done, total: None,
-    max_steps: int = 0,  # 0: the last of `steps`
+    max_steps: int = 0,  # number of steps to train (0: that of the run's SFT)
 ):
-    "SFT of the run's base model by one method, in one process; its table of losses, without the penalty."
+    "SFT of the run's base model with one method, in one process; returns its losses, without the penalty."
     c, (kind, value) = run.config, parse_method(method)
     if kind in ('rpsft', 'l2', 'osf') and c['lora']['rank']:
         raise ValueError(
@@ -139,16 +139,16 @@ def train_preserving(
 # %% ../../nbs/5_beyond/05_preserving.ipynb #34b5d1d6
 def preserve_stage(
     run: Run,
-    method: str,  # like `rpsft-1`
+    method: str,  # name of a method, like `rpsft-1`
     progress=lambda done, total: None,
 ):
-    """SFT by one method, evaluated along the way: writes the table `preserve-<method>`, as an evaluation's with the
-    column `method`, and its losses as rows of the split `train` or `id` without an episode."""
+    """SFT with one method, evaluated along the way: writes the table `preserve-<method>`, an evaluation with the column
+    `method`, and with losses as rows of the split `train` or `id` whose episode is -1."""
     import pandas as pd
     c, m = run.config, run.config['model']
     steps, total = c['preserve']['checkpoints'], c['sft']['max_steps'] + 20 * len(c['preserve']['checkpoints'])
     home = run.path('checkpoints', f'.preserve-{method}')
-    shutil.rmtree(home, ignore_errors=True)  # of a job that was killed
+    shutil.rmtree(home, ignore_errors=True)  # left by a job that was killed
     try:
         losses = train_preserving(
             run,
@@ -172,12 +172,12 @@ def preserve_stage(
 
 # %% ../../nbs/5_beyond/05_preserving.ipynb #0ac05867
 def try_methods(
-    run: Run,  # with a seed that no figure shows
-    methods,  # like `rpsft-1`
-    steps=(64, 128, 192),
+    run: Run,  # run with a seed that no figure shows
+    methods,  # names of methods, like `rpsft-1`
+    steps=(64, 128, 192),  # steps at which ID accuracy is measured
 ):
-    """ID accuracy and losses of short trainings, to choose weights by: DataFrame method, checkpoint, id, train_loss,
-    id_loss. No OOD problem is looked at."""
+    """ID accuracy and losses of short trainings, for choosing weights: DataFrame with method, checkpoint, id,
+    train_loss, id_loss. No OOD problem is used."""
     import pandas as pd
     from rlheals.training.models import merged
     rows = []

@@ -11,11 +11,11 @@ from .at_equal_id import combine_seeds
 from .early_warning import METRICS
 
 # %% ../../nbs/5_beyond/08_stopping_rules.ipynb #eab76b7d
-BEST = dict(id_loss=-1, id_accuracy=1)  # quantities whose best value is a rule: its sign
+BEST = dict(id_loss=-1, id_accuracy=1)  # quantities whose best value is a rule; 1: the highest is best
 
 # %% ../../nbs/5_beyond/08_stopping_rules.ipynb #29f23f12
 class Trace:
-    """What is known of one task and seed along training: `steps` (after the base), `ood` (steps, episodes), `values`
+    """The measurements of one task and seed along training: `steps` (after the base), `ood` (steps, episodes), `values`
     (metric -> (steps))."""
     def __init__(self, task: str, seed: int, steps, ood, values: dict):
         self.task, self.seed, self.steps, self.ood, self.values = (
@@ -28,17 +28,17 @@ class Trace:
         self.accuracy = self.ood.mean(1)  # (steps)
 
     def value(self, metric: str, relative: bool = False):  # (steps)
-        "A metric along training, relative to its first value if asked for."
+        "A metric along training, optionally relative to its first value."
         v = np.asarray(self.values[metric], float)
         if not relative or metric == 'id_accuracy': return v
         return v / v[0] if v[0] else np.full(len(v), np.nan)
 
 # %% ../../nbs/5_beyond/08_stopping_rules.ipynb #b6a4fd51
 def traces(
-    evaluation,  # table `sft_evaluation`, of any tasks and seeds
-    warning,  # table `warning` of the same
+    evaluation,  # table `sft_evaluation` of any tasks and seeds
+    warning,  # table `warning` of the same tasks and seeds
 ) -> list[Trace]:
-    "One `Trace` per task and seed; `ValueError` if one of the tables lacks one."
+    "One `Trace` per task and seed; `ValueError` if the tables do not have the same."
     e = evaluation[
         (evaluation.stage == 'sft')
         & (evaluation.split == 'ood')
@@ -70,22 +70,22 @@ def traces(
 
 # %% ../../nbs/5_beyond/08_stopping_rules.ipynb #0d373822
 def first_past(
-    values,  # (steps)
+    values,  # (steps), quantity along training
     thresholds,  # (n)
-    sign: int,  # 1: upwards, -1: downwards
+    sign: int,  # direction: 1 upwards, -1 downwards
 ):  # (n), indices of steps
-    "The first step at which a quantity passes each threshold; the last step where it never does."
+    "The first step at which a quantity passes each threshold, or the last step if it never does."
     past = sign * np.asarray(values) >= sign * np.asarray(thresholds)[:, None]
     return np.where(past.any(1), past.argmax(1), len(values) - 1)
 
 # %% ../../nbs/5_beyond/08_stopping_rules.ipynb #177cf3f2
 def choose_threshold(
-    known: list[Trace],  # whose OOD accuracy may be used
-    metric: str,
-    relative: bool = False,
+    known: list[Trace],  # traces whose OOD accuracy may be used
+    metric: str,  # name of the quantity
+    relative: bool = False,  # relative to its first value
 ) -> tuple[float, int]:
-    """Threshold and direction with the highest OOD accuracy on these traces, each task counting the same; of equally
-    good ones, the middle one."""
+    """Threshold and direction with the highest OOD accuracy on these traces, each task with equal weight; of equally
+    good thresholds, the middle one."""
     v = [t.value(metric, relative) for t in known]
     levels = np.unique(np.concatenate(v)[np.isfinite(np.concatenate(v))])
     if not len(levels): return np.nan, 1
@@ -100,9 +100,9 @@ def choose_threshold(
 
 # %% ../../nbs/5_beyond/08_stopping_rules.ipynb #7ed9e606
 def stops(
-    all_traces: list[Trace],
+    all_traces: list[Trace],  # traces of any tasks and seeds
 ) -> list[tuple]:  # (metric, rule, trace, index of the step)
-    "Where each rule stops each trace. What needs other seeds or other tasks is left out where there are none."
+    "Where each rule stops each trace; rules that need other seeds or tasks are left out if there are none."
     out = []
     for t in all_traces:
         seeds, tasks = (
@@ -129,12 +129,12 @@ def oracle(
 
 # %% ../../nbs/5_beyond/08_stopping_rules.ipynb #5a3b513d
 def scores(
-    all_traces: list[Trace],
-    draws: int = 1000,
+    all_traces: list[Trace],  # traces of any tasks and seeds
+    draws: int = 1000,  # number of bootstrap draws
 ):
     """Per task (and `all`, if several), metric and rule: `mean`, `low`, `high`, `p`, `p_holm` of the score over
-    `seeds`, and `ood`, `regret`, `step` (median); with the rule `spearman` the rank correlation instead. The oracle's
-    own score is there too."""
+    `seeds`, and `ood`, `regret`, `step` (median); for the rule `spearman`, the rank correlation instead of the score.
+    The oracle's score is included."""
     import pandas as pd
     from scipy.stats import rankdata
     from statsmodels.stats.multitest import multipletests
@@ -216,13 +216,13 @@ def scores(
 
 # %% ../../nbs/5_beyond/08_stopping_rules.ipynb #6f0dfa21
 def made_up_traces(
-    seeds: int = 4,
+    seeds: int = 4,  # number of seeds
     tasks=('general_points', 'rank'),
-    n: int = 200,  # episodes
+    n: int = 200,  # number of episodes
     steps=(0, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640),
 ) -> tuple:  # `sft_evaluation`, `warning`
-    """Made-up tables in which rotation knows where OOD accuracy peaks (at another step in every seed), and all else is
-    noise or late: to show and test."""
+    """Made-up tables, for tests, in which rotation shows where OOD accuracy peaks (at another step in every seed), and
+    everything else is noise or late."""
     import pandas as pd
     evaluation, warning, at = [], [], np.log(np.array(steps[1:]))
     for task in tasks:

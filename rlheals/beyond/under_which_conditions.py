@@ -107,7 +107,8 @@ def _sft_curves(tables):  # OOD accuracy along SFT: the run's own, and each othe
     )
 
 # %% ../../nbs/5_beyond/03_under_which_conditions.ipynb #aaee25c2
-@figure('conditions', 'baselines', 'sft_evaluation')
+@figure('conditions', 'baselines', 'sft_evaluation', name='S2', title='Under which conditions RL heals',
+        on_request=True)
 def s2(tables):
     """Change of accuracy from an SFT checkpoint by RL under each condition, and by as much training without RL (95 %
     intervals; ticks: seeds; full: excludes zero; dotted: the default; star: differs from the default after Holm's
@@ -165,8 +166,9 @@ def s2(tables):
     return fig, pd.concat([data.assign(what='change'), along.assign(what='sft', split='ood')], ignore_index=True)
 
 # %% ../../nbs/5_beyond/03_under_which_conditions.ipynb #b1ad8c4d
+@s2.reads
 def reading_s2(
-    data,  # the table of S2
+    data,  # the table behind S2
 ) -> str:
     """Under which conditions RL raises or lowers OOD accuracy, which differ from the default, and whether a baseline
     does the same, in Markdown."""

@@ -130,7 +130,7 @@ def _bars(ax, d):  # one stacked bar per checkpoint, upwards and downwards from 
     ax.set_xticks(range(len(steps)), steps); ax.grid(False); ax.grid(True, axis='y')
 
 # %% ../../nbs/5_beyond/04_what_rl_heals.ipynb #abeda4f1
-@figure('rl_evaluation')
+@figure('rl_evaluation', name='S5', title='What RL heals: reading, solving or revising')
 def s5(tables):
     """What RL heals.
 
@@ -167,6 +167,7 @@ def s5(tables):
     return fig, pd.concat([data.assign(what='accuracy'), parts.assign(what='change', seed='all')], ignore_index=True)
 
 # %% ../../nbs/5_beyond/04_what_rl_heals.ipynb #32647d71
+@s5.reads
 def reading_s5(
     data,  # the table behind S5
 ) -> str:

@@ -22,7 +22,8 @@ _RULES = {
 }
 
 # %% ../../nbs/5_beyond/09_what_tells_the_peak.ipynb #61286efd
-@figure('sft_evaluation', 'warning', across_tasks=True)
+@figure('sft_evaluation', 'warning', name='S4', title='What could have told the peak without OOD problems',
+        across_tasks=True, on_request=True)
 def s4(tables):
     """Left: quantities measured without OOD problems along SFT, for the first task (mean over seeds; thin: seeds;
     dotted: the step with the best OOD accuracy, mean over seeds). Right: OOD accuracy where a rule stops SFT, less that
@@ -114,11 +115,12 @@ def s4(tables):
     return fig, pd.concat([found.assign(what='score'), curves], ignore_index=True)
 
 # %% ../../nbs/5_beyond/09_what_tells_the_peak.ipynb #8784c8f4
+@s4.reads
 def reading_s4(
-    found,  # of `scores`
+    data,  # the table behind S4
 ) -> str:
     "Which rules stop surely better than the lowest test loss, per task; and whether any beats the best fixed step."
-    out = []
+    found, out = data[data.what == 'score'].fillna(dict(metric='')), []  # a CSV has no empty string
     for task, t in found[found.rule != 'spearman'].groupby('task', sort=False):
         rules, name = t[(t.rule != 'oracle') & ~((t.metric == 'id_loss') & (t.rule == 'best'))], _TASKS.get(task, task)
         call = lambda r: (

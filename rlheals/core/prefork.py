@@ -14,7 +14,10 @@ from pathlib import Path
 FILE = __file__ if '__file__' in globals() else str(Path('../../rlheals/core/prefork.py').resolve())  # of this module
 ADDRESS = 'RLHEALS_PREFORK'  # environment variable of a run's processes: the server's address
 LIBRARIES = dict(  # group -> modules, in the order in which a run needs them
-    always=('papermill.cli', 'ipykernel.kernelapp', 'ipykernel.zmqshell', 'pandas', 'pyarrow.parquet', 'rlheals.running.workflow'),
+    always=(
+        'papermill.cli', 'ipykernel.kernelapp', 'ipykernel.zmqshell', 'pandas', 'pyarrow.parquet',
+        'rlheals.running.workflow',
+    ),
     training=('trl.trainer.sft_trainer', 'trl.trainer.grpo_trainer', 'peft'),
     model=('torch', 'safetensors.torch', 'transformers.models.llama.modeling_llama', 'scipy.stats'),
     drawing=('matplotlib.pyplot', 'seaborn', 'scipy.stats'),

@@ -49,7 +49,7 @@ def _plane(ax, states, colours):  # one split, one layer, one seed
     return middles
 
 # %% ../../nbs/4_results/11_do_hidden_states_drift.ipynb #ad4f179f
-@figure('states', 'drift', 'next_token')
+@figure('states', 'drift', 'next_token', name='F14', title='Hidden states: how far they drift')
 def f14(tables):
     """Hidden states at the end of the prompts: plane of the last layer's two leading components with centroids and
     drift (points: prompts of the first seed); distance of the clouds by layer (MMD; full: p < 0.05 in every seed) and
@@ -138,7 +138,9 @@ def f14(tables):
     return fig, pd.concat(data, ignore_index=True)
 
 # %% ../../nbs/4_results/11_do_hidden_states_drift.ipynb #e5ed937b
+@f14.reads
 def reading_f14(data):
+    "How far the states of the last layer moved between the checkpoints, and how many next tokens stayed the same."
     top = data[data.what == 'mmd'].layer.max()
     def say(split):
         shown = [f"{r['pair']} {spoken(r, 1, '', 2)}" for r in rows_where(data, what='mmd', split=split, layer=top)]

@@ -28,7 +28,7 @@ def _follows(late):  # Spearman's rank correlation of OOD accuracy and rotation:
     return [rho.mean(), *np.clip(interval([[r] for r in rho]), -1, 1)] if len(rho) else [np.nan] * 3
 
 # %% ../../nbs/4_results/09_is_it_rotation.ipynb #b2843a6f
-@figure('rotation', 'sft_evaluation')
+@figure('rotation', 'sft_evaluation', name='F9', title='Rotation and OOD accuracy', claims=('C6',))
 def f9(tables):
     """OOD accuracy of the SFT checkpoints against the mean principal angle of their leading singular subspaces, from
     the base and from SFT_MaxOOD (star; bars: 95 % intervals of both; thin: seeds; faint: before SFT_MaxOOD). Written:
@@ -96,7 +96,9 @@ def f9(tables):
     return fig, data
 
 # %% ../../nbs/4_results/09_is_it_rotation.ipynb #4238ae87
+@f9.reads
 def reading_f9(data):
+    "The rank correlation of OOD accuracy and rotation, from the base and from SFT_MaxOOD."
     def say(origin, name):
         r = data[data.origin == origin].iloc[0]
         return (

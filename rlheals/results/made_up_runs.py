@@ -11,9 +11,9 @@ import numpy as np
 
 # %% ../../nbs/4_results/17_made_up_runs.ipynb #44766b8d
 STEPS = np.array([0, 90, 140, 200, 300, 400, 500, 600, 700, 800, 900, 1000, 1100, 1200, 1300, 1400, 1500, 1600])
-# OOD, LLaMA, off the paper's figure
+# OOD accuracy of LLaMA, read off the paper's figure
 _SFT = np.array([0, 13.7, 17.52, 15.8, 16.2, 11.5, 10.7, 11.5, 10.3, 6., 5.1, 6., 6.92, 4.7, 9.4, 7.7, 8.5, 6.8]) / 100
-# RL from each but the first
+# after RL from each checkpoint but the first
 _RL = np.array([4.3, 8.5, 7.7, 8.1, 10.3, 15.4, 13.2, 14.1, 9.4, 12.4, 11.5, 16.24, 4.7, 6.8, 3.7, 4.1, 4.7]) / 100
 
 # %% ../../nbs/4_results/17_made_up_runs.ipynb #cbbab575
@@ -26,15 +26,15 @@ WORLD = dict(
     test=0.0,  # log of the rise of the losses after the peak: assumed ("flat or falling")
     values=dict(sft=0.005, rl=0.001),
     turned=dict(sft=0.3, rl=0.05),  # relative changes: assumed ("almost the same")
-    # SFT_End, SFT_MaxOOD; RL_End and what it came from
+    # surgery: SFT_End, SFT_MaxOOD, all directions put back; RL_End, without and with SFT's directions imposed
     target=0.0692,
     donor=0.1752,
     undone=0.165,
     rl_end=0.1624,
     rl_imposed=0.0692,
-    # shares of the loss that parts give back, the first two by rank (arXiv 2508.16546: 70 to 80 %)
+    # shares of the lost accuracy that parts give back, the first two by rank (arXiv 2508.16546: 70 to 80 %)
     part=np.array([0.6, 0.75, 0.3, 0.4]),
-    # the same of the controls: assumed
+    # the same for the controls: assumed
     controls=dict(values=np.zeros(2), random=np.full(2, -0.5), straight=np.array([0.25, 0.4])),
     skew=np.r_[1.2, np.full(15, 0.2), 1.2],  # by start: assumed
     wobble=0.02,
@@ -42,7 +42,7 @@ WORLD = dict(
 
 # %% ../../nbs/4_results/17_made_up_runs.ipynb #cdaa430d
 def navigation() -> dict:
-    "The world with navigation's published numbers, between them GeneralPoints' curve."
+    "The world with navigation's published numbers, and GeneralPoints' curve between them."
     stretch = lambda p: .625 + (.8333 - .625) * (p - .0692) / (.1752 - .0692)
     gain = (_RL - _SFT[1:]) * (.7917 - .625) / (.1624 - .0692)
     ood = stretch(_SFT)
@@ -67,10 +67,10 @@ DESIGNS = {
 
 # %% ../../nbs/4_results/17_made_up_runs.ipynb #10c66761
 class Runs(dict):
-    """Made-up runs of a world: the arrays of `rlheals.claims.arrays` with an axis of runs in front, each drawn when it
-    is first asked for."""
+    """Made-up runs of a world: the arrays of `rlheals.results.evidence.arrays` with an axis of runs in front, each
+    drawn when it is first used."""
     def __init__(self, world: dict,
-        seeds: int,  # that are judged; there is one more, which chooses
+        seeds: int,  # number of seeds that are judged; there is one more, which chooses
         episodes: int, runs: int, seed: int = 0):
         super().__init__(steps=STEPS, starts=STEPS[1:], seeds=np.arange(seeds + 1))
         self.world, self.shape, self.n, self.rng = world, (runs, seeds + 1), episodes, np.random.default_rng(seed)
@@ -84,7 +84,7 @@ class Runs(dict):
         truth = np.clip(p + spread * self.rng.standard_normal((*self.shape, *np.shape(p))), 0, 1)
         return (self.rng.random((*truth.shape, self.n), np.float32) < truth[..., None]).astype(np.float32)
 
-    # positive numbers; `mean` is that of a seed, in the geometric mean over seeds
+    # positive numbers; `mean` is the mean within a seed, averaged geometrically over seeds
     def ratio(self, mean, between, within, *axes):
         z = self.rng.standard_normal
         return mean * np.exp(
@@ -95,11 +95,11 @@ class Runs(dict):
         w = self.world
         if name in ('ood', 'id', 'form', 'rl', 'target', 'donor', 'undone', 'rl_end', 'rl_imposed'):
             return self.success(w[name])
-        if name in ('train', 'loss'):  # 0.1 nats and a rise over the stretch from the peak to the end
+        if name in ('train', 'loss'):  # 0.1 nats, and a rise from the peak to the end
             level = 0.1 * np.exp(
                 w['train' if name == 'train' else 'test'] * np.clip((STEPS - 140) / 1460, 0, 1)
             ) + 2 * np.exp(-STEPS / 6)
-            # seeds: 2 % each (assumed)
+            # seeds differ by 2 % (assumed)
             train = level * np.exp(.02 * self.rng.standard_normal((*self.shape, len(STEPS))))
             if name == 'train': return train
             hard, own = (
@@ -114,15 +114,15 @@ class Runs(dict):
         if name == 'skew':
             noise = self.rng.standard_normal((*self.shape, 17, 12))
             return np.clip(w['skew'][:, None] + .15 * noise[..., :1] + .3 * noise, -1.7, 1.7)
-        if name == 'rotation':  # on and on, away from each seed's own peak
+        if name == 'rotation':  # grows without end, away from each seed's own peak
             far = np.log1p(STEPS / 50)
             return abs(far - far[self['ood'].mean(-1).argmax(-1)][..., None]) * 10
         raise KeyError(name)
 
 # %% ../../nbs/4_results/17_made_up_runs.ipynb #cf141333
 def as_tables(
-    runs: Runs,
-    i: int = 0,  # which of the runs
+    runs: Runs,  # made-up runs
+    i: int = 0,  # index of the run
 ) -> dict:
     "One made-up run as the tables of the chain: name -> DataFrame."
     import pandas as pd

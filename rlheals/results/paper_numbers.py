@@ -115,7 +115,7 @@ def reference(
     import matplotlib.pyplot as plt
     if figure not in _DRAW: raise ValueError(f"the paper gives no numbers for {figure!r}, only for {', '.join(_DRAW)}")
     data = reported().query('figure == @figure').dropna(axis=1, how='all').reset_index(drop=True)
-    data = data.reindex(columns=[*data.columns, *({'low', 'high'} - {*data.columns})])
+    data = data.reindex(columns=[*data.columns, *(c for c in ('low', 'high') if c not in data)])
     if 'checkpoint' in data: data['checkpoint'] = data.checkpoint.astype(int)
     with plt.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(3.4, 2.4))

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..core.files import damaged, damaged_outputs, remove, sealed_in, size
 from ..training.computing import memory, pick_device
 from ..training.models import INDEX, is_weights
-from ..training.rules import DTYPES
+from ..training.settings import DTYPES
 from ..training.runs import Run
 
 # %% ../../nbs/6_running/06_checks.ipynb #18d1a123

@@ -11,7 +11,7 @@ from collections import namedtuple
 from dataclasses import replace
 from functools import lru_cache
 from ..training.computing import memory
-from ..training.rules import DTYPES
+from ..training.settings import DTYPES
 from ..training.runs import Run
 from .memory import MEASURED, estimate_memory, lengths, shape
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..tasks.protocol import Episode, examples
 from ..training.models import ASSETS, find_model, is_gguf
 from ..training.generation import encode
-from ..training.rules import DTYPES
+from ..training.settings import DTYPES
 from ..training.runs import Run
 from ..training.grpo import shared_rows
 

@@ -18,7 +18,8 @@ from ..core.environment import ChainError, clock, job_environment
 from ..training.computing import memory, pick_device
 from ..training.models import is_weights
 from ..training.checkpoints import check_model, stored
-from ..training.rules import DTYPES, check_engine, split_changes
+from ..training.settings import DTYPES
+from ..training.rules import check_engine, split_changes
 from ..training.runs import Run
 from .tables import HOME, figures_dir, rl_files, sft_files, variants
 from .memory import UnknownShape

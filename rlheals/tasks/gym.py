@@ -73,7 +73,8 @@ def register():
     for task in TASKS:
         name = f"rlheals/{task.title().replace('_', '')}-v0"
         if name not in gymnasium.registry:
-            gymnasium.register(name, entry_point='rlheals.tasks.gym:TaskEnv', kwargs=dict(task=task), order_enforce=False)
+            entry = 'rlheals.tasks.gym:TaskEnv'
+            gymnasium.register(name, entry_point=entry, kwargs=dict(task=task), order_enforce=False)
 
 # %% ../../nbs/1_tasks/09_gym.ipynb #d7b5c29c
 def as_dataset(

@@ -17,14 +17,14 @@ from .computing import set_up_torch
 from .models import attention
 from .generation import encode, generate
 from .vocabulary import world_tokenizer
-from .pretraining_texts import MIXES, any_formula, document, joined_by_spaces, misread_numbers
+from .pretraining_texts import MIXES, any_formula, document, text_of, misread_numbers
 
 # %% ../../nbs/2_training/12_pretraining.ipynb #19f661c3
 PRETRAINING = dict(steps=24000, batch=64, lr=2e-3, warmup=.05, switch=.6, weight_decay=.01, threads=2, seed=0,
-                   # second cycle: its length, as a share of the first, and its learning rate
+                   # second cycle: its length as a share of the first, and its learning rate
                    revise=1 / 6, revise_lr=8e-4,
                    hidden_size=128, layers=4, heads=4, mlp=384)
-def _encode(tokenizer, doc):  # -> ids, labels (-100 where nothing is learnt)
+def _encode(tokenizer, doc):  # -> ids, labels (-100: not in the loss)
     ids, labels = [tokenizer.bos_token_id], [-100]
     for text, learn in doc:
         new = tokenizer(text, add_special_tokens=False)['input_ids']
@@ -35,11 +35,11 @@ def _encode(tokenizer, doc):  # -> ids, labels (-100 where nothing is learnt)
 def batches(
     tokenizer,
     mix: dict,  # kind of document -> share
-    size: int,
-    rng: random.Random,
-    pool: int = 8,  # batches made together, so that like lengths can be put together
+    size: int,  # number of documents in a batch
+    rng: random.Random,  # random numbers of the documents
+    pool: int = 8,  # number of batches made together, to group documents of similar length
 ):
-    "Yield (ids, mask, labels), each (size, length), right-padded, for ever."
+    "Yield (ids, mask, labels), each (size, length), right-padded, without end."
     import torch
     from torch.nn.utils.rnn import pad_sequence
     while True:
@@ -52,7 +52,7 @@ def batches(
             yield x, (x != tokenizer.pad_token_id).long(), y
 
 # %% ../../nbs/2_training/12_pretraining.ipynb #886496b3
-def _train(model, c, steps, lr, source, report, progress):  # one cycle; the mean loss of its end
+def _train(model, c, steps, lr, source, report, progress):  # one cycle; returns the mean loss at its end
     import torch
     opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=c['weight_decay'], betas=(.9, .98), fused=True)
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=c['warmup'])
@@ -72,12 +72,12 @@ def _train(model, c, steps, lr, source, report, progress):  # one cycle; the mea
 
 # %% ../../nbs/2_training/12_pretraining.ipynb #46f075af
 def pretrain(
-    report=print,  # called with one line now and then
+    report=print,  # called with one line every 500 steps
     progress=lambda done, total: None,  # called after each step
-    start=None,  # model that has had the first cycle: only the second is done, on it
-    **changes,  # of `PRETRAINING`
+    start=None,  # model that has completed the first cycle, for the second cycle only
+    **changes,  # changes of the settings `PRETRAINING`
 ):
-    "Make the tiny base model from nothing: (model, tokenizer, record of how it was made)."
+    "Pretrain the tiny base model from scratch: (model, tokenizer, record of how it was made)."
     import torch, transformers
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -137,8 +137,8 @@ def examine(
     tokenizer,
     n: int = 400,  # at most this many problems per split
 ) -> dict:
-    """Accuracy (greedy) per task, split and form: the world's own (`read`, `solve`, `make`, `step`, `find`), `task`,
-    the task itself, and `revise`: after a wrong answer in the task's form and its feedback, is the next one right?"""
+    """Greedy accuracy per task, split and form: the forms of pretraining (`read`, `solve`, `make`, `step`, `find`); the
+    task itself (`task`); and the next answer after a wrong one in the task's form and its feedback (`revise`)."""
     out = {}
 
     def ask(prompts, new):
@@ -164,7 +164,7 @@ def examine(
                 a.split() == list(map(str, v))
                 for a, v in zip(ask([p.replace('play', 'read') for p in prompts], 8), values)
             ),
-            solve=right(ask([f'solve {joined_by_spaces(v)} :' for v in values], 20), values),
+            solve=right(ask([f'solve {text_of(v)} :' for v in values], 20), values),
             make=right([m[2] for m in made], [m[0].split() for m in made]),
             task=share(task.verify(p, a).correct for p, a in zip(problems, ask(prompts, 40))),
             revise=share(
@@ -188,7 +188,7 @@ def examine(
 
 # %% ../../nbs/2_training/12_pretraining.ipynb #9ed00970
 def compare(a, b):
-    "How far two models are apart, per weight matrix: relative Frobenius distance and largest difference."
+    "The distance of two models per weight tensor: relative Frobenius distance and largest difference."
     import pandas as pd
     theirs = b.state_dict()
     return pd.DataFrame(

@@ -22,11 +22,11 @@ from .launching import keep_stopped, launch, tracker
 # %% ../../nbs/2_training/13_sft.ipynb #e4436c2f
 def mean_loss(
     model,
-    examples,  # as `SFTTrainer` has prepared them
-    collate,  # examples -> a batch with `labels`
-    rows: int = 128,  # at a time
+    examples,  # examples as `SFTTrainer` prepares them
+    collate,  # function examples -> batch with `labels`
+    rows: int = 128,  # number of examples in a batch
 ) -> float:
-    """Mean negative log-likelihood, in nats, of the tokens that count; the processes of a sharded model share the
+    """Mean negative log-likelihood, in nats, of the tokens with a label; the processes of a sharded model share the
     examples, and all get the result."""
     import torch
     total, tokens, was_training, us = 0., 0, model.training, processes() if is_sharded(model) else None
@@ -36,36 +36,38 @@ def mean_loss(
             these = range(lo, min(lo + rows, len(examples)))
             mine = these[us.process_index::us.num_processes] if us else these
             batch = {k: v.to(model.device) for k, v in collate([examples[i] for i in mine or these[:1]]).items()}
-            # who has none goes through the model with the others, for nothing
+            # a process without examples must still take part in the forward pass
             n = int((batch['labels'][:, 1:] != -100).sum()) if mine else 0
             total, tokens = total + model(**batch).loss.item() * n, tokens + n
     model.train(was_training)
-    if us: total, tokens = all_reduce_sum(torch.tensor([total, tokens], dtype=torch.float64, device=model.device)).tolist()
+    if us:
+        both = torch.tensor([total, tokens], dtype=torch.float64, device=model.device)
+        total, tokens = all_reduce_sum(both).tolist()
     return total / tokens
 
 # %% ../../nbs/2_training/13_sft.ipynb #3641465a
 def train_sft(
     model,
     tokenizer,
-    train,  # `Dataset` of prompt and completion
-    tests: dict,  # name -> `Dataset`: losses are measured on these
-    settings: dict,  # the section `sft` of a profile
-    seed: int = 0,
-    # called at each checkpoint with the model as it is (in all processes, if that is sharded)
+    train,  # `Dataset` of prompts and completions
+    tests: dict,  # name -> `Dataset` on which losses are measured
+    settings: dict,  # section `sft` of a profile
+    seed: int = 0,  # seed of the order of examples
+    # called at each checkpoint (in all processes, if the model is sharded)
     on_checkpoint=lambda step, model: None,
     progress=lambda done, total: None,  # called after each step
-    penalty=None,  # model -> scalar that is added to the loss of each step; the table's losses are without it
-    track=None,  # takes a step and a dict of what to follow there (see `tracker`)
+    penalty=None,  # function model -> scalar added to the loss of each step, but not to the losses in the table
+    track=None,  # function (step, values) that logs to a tracker (see `tracker`)
 ):
-    """Fine-tune in place; a table of losses: columns split, checkpoint, metric, value.
+    """Fine-tune in place; returns a table of losses with the columns split, stage, checkpoint, metric, value.
 
-    A batch that does not fit into memory is taken in parts, with the same result; a loss or gradient that is not finite
-    is a `FloatingPointError`, and the weights are left as they were before it."""
+    A batch that does not fit into memory is divided, with the same result. A loss or gradient that is not finite raises
+    `FloatingPointError` before the weights are updated."""
     import pandas as pd
     from datasets import disable_progress_bars
     from transformers import PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
-    disable_progress_bars()  # of tokenizing: one bar is enough
+    disable_progress_bars()  # those of tokenizing: one bar is enough
     c, rows, n, deepspeed = (
         settings,
         [],
@@ -114,13 +116,13 @@ def train_sft(
             if state.global_step in c['checkpoints']: self.look(state.global_step)
 
     class Trainer(SFTTrainer):
-        # how many of a batch go through the model at a time, at most; the share of it that just does
+        # most examples per pass through the model; the share of the batch that is in the current pass
         rows, share = c['batch_size'], 1.
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             step, size = super().training_step, len(inputs['input_ids'])
-            # the loss is a sum over tokens, divided by those of the whole batch: gradients of parts add
-            # up to that of the whole
+            # the loss is a sum over tokens, divided by their number in the whole batch, so gradients of the
+            # parts add up to that of the batch
             def gradient(rows):
                 model.zero_grad()
                 total = 0.
@@ -131,11 +133,13 @@ def train_sft(
                 return total
             if n == 1: loss, self.rows = halving(gradient, self.rows, 'SFT')
             else:
-                # processes that share a batch must all take the same steps
+                # no halving: processes that share a batch must all take the same passes
                 loss = step(model, inputs, num_items_in_batch)
-            # all or none stop
+            # summed, so that all processes stop or none
             check_finite(
-                all_reduce_sum(loss) if is_sharded(model) else loss, f'the loss at SFT step {self.state.global_step}', lower
+                all_reduce_sum(loss) if is_sharded(model) else loss,
+                f'the loss at SFT step {self.state.global_step}',
+                lower,
             )
             return loss
 
@@ -182,9 +186,9 @@ def train_sft(
 def sft_data(
     run: Run,
     tokenizer,
-    parts=('id', 'ood'),  # on which losses are measured, beside `train`
-):  # (split -> problems and answers, `Dataset` to train on, split -> `Dataset` to measure on)
-    "The training examples and test problems of a run's SFT."
+    parts=('id', 'ood'),  # test splits on which losses are measured, besides `train`
+):  # (split -> problems and answers, `Dataset` to train on, split -> `Dataset` to measure losses on)
+    "The training and test examples of a run's SFT."
     task, chat, c = run.task(), bool(tokenizer.chat_template), run.config['sft']
     pairs = {
         k: examples(task, s, c['examples' if s == 'train' else 'test_examples'], run.seed)
@@ -201,8 +205,8 @@ def sft_stage(
     run: Run,
     progress=lambda done, total: None,
 ):
-    """The SFT stage of a run: writes the checkpoints and the table `losses` (`problems`: fingerprint of the training
-    set, or of the test set)."""
+    """The SFT stage of a run: writes the checkpoints and the table `losses` (`problems`: fingerprint of the examples of
+    the split)."""
     c = run.config['sft']
     if launch(run, 'sft'): return run.load('losses')
     set_up_torch(c['threads'], seed=run.seed)
@@ -231,8 +235,8 @@ def base_stage(
     run: Run,
     progress=lambda done, total: None,
 ):
-    """Pretrain a base model on the small world with this run's seed and the section `base` of its settings, where
-    `model.name` is `anew`: writes the checkpoint and how it was made."""
+    """Pretrain a base model with this run's seed and the section `base` of its settings, for `model.name=anew`: writes
+    the checkpoint and a record of how it was made."""
     from rlheals.training.pretraining import pretrain
     c = run.config['base']
     model, tok, record = pretrain(print, progress, **c, seed=hash64(run.seed, 'base') % 2**31)

@@ -13,10 +13,11 @@ from rlheals.training.runs import Run
 ROOT = Path(__file__).parents[2]
 CHANGES = ('sft.max_steps=128', 'rl.starts=128', 'rl.updates=10')
 STAGE = (
-    "import sys; from pathlib import Path; from rlheals.profiles import Run; from rlheals.sft import sft_stage; from "
-    "rlheals.ppo import rl_stage; from rlheals.evaluate import evaluate_stage, evaluation_parts; run = Run('tiny', %r, "
-    "root=Path(sys.argv[1])); sft_stage(run); rl_stage(run, 128); [evaluate_stage(run, n) for s in ('sft', 'rl') for n "
-    "in evaluation_parts(run, s)]"
+    "import sys; from pathlib import Path; from rlheals.training.runs import Run; "
+    "from rlheals.training.sft import sft_stage; from rlheals.training.rl import rl_stage; "
+    "from rlheals.analysis.evaluation import evaluate_stage, evaluation_parts; "
+    "run = Run('tiny', %r, root=Path(sys.argv[1])); sft_stage(run); rl_stage(run, 128); "
+    "[evaluate_stage(run, n) for s in ('sft', 'rl') for n in evaluation_parts(run, s)]"
 )
 KINDS = {  # name -> environment, further settings
     'the same again': ({}, ()),

@@ -31,7 +31,10 @@ REDUCED = (  # of the default job: fewer of everything, which takes some ten min
     'eval.splits=[id,ood_dev]',
     'task.tries=5',
 )
-COMMAND = "import sys; sys.argv[0] = 'rlheals'; from rlheals.cli import app; app()"
+COMMAND = """import sys; sys.argv[0] = 'rlheals'
+try: from rlheals.running.cli import app
+except ImportError: from rlheals.cli import app  # an earlier checkout
+app()"""
 
 
 def run(checkout, folder, settings):
@@ -55,7 +58,10 @@ def run(checkout, folder, settings):
 
 def known(checkout, settings):
     "Those of the settings that a checkout has."
-    code = 'import json; from rlheals.profiles import load_profile; print(json.dumps(load_profile("tiny")))'
+    code = '''import json
+try: from rlheals.training.rules import load_profile
+except ImportError: from rlheals.profiles import load_profile  # an earlier checkout
+print(json.dumps(load_profile("tiny")))'''
     env = os.environ | dict(PYTHONPATH=str(checkout), PYTHONSAFEPATH='1')
     has = json.loads(subprocess.run([sys.executable, '-c', code], env=env, stdout=subprocess.PIPE, check=True).stdout)
     names = {f'{section}.{key}' for section, values in has.items() for key in values}

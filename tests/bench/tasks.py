@@ -4,7 +4,7 @@ import json, random, time
 from fractions import Fraction
 from itertools import combinations_with_replacement, permutations, product
 import numpy as np
-from rlheals import navigation
+from rlheals.tasks.navigation import _ways, city
 from rlheals.tasks.formulas import solve_all
 from rlheals.tasks.protocol import TASKS, examples, load_task
 
@@ -58,7 +58,7 @@ def obvious_example(name, rng):
         while not (found := obvious_solve([min(rng.randint(1, 13), 10) for _ in range(4)])): pass
         return rng.choice(found)
     if name == 'navigation':  # a city for every route
-        navigation.city.cache_clear(); navigation._ways.cache_clear()
+        city.cache_clear(); _ways.cache_clear()
         return examples(load_task(name), 'train', 1)
     numpy = np.random.default_rng(rng.getrandbits(32))
     return obvious_rank_and_determinant(

@@ -4,7 +4,8 @@ import json, os, resource, shutil, subprocess, sys
 from pathlib import Path
 from unittest.mock import patch
 import pytest
-from rlheals import chain, files
+from rlheals.running.workflow import execute
+from rlheals.core import files
 from rlheals.training.models import ASSETS
 from rlheals.training.rules import load_profile
 from rlheals.training.runs import Run
@@ -40,16 +41,16 @@ def refused(words, cwd, code=2, limit=10, **env):
 
 SETTINGS = [  # setting, and what the message must say beside its name
     # wrong types
-    ('sft.max_steps=many', 'not a int'),
-    ('sft.max_steps=1.5', 'not a int'),
-    ('sft.max_steps=', 'not a int'),
-    ('sft.max_steps=true', 'not a int'),
-    ('rl.learning_rate=fast', 'not a float'),
-    ('rl.learning_rate=[1]', 'not a float'),
-    ('sft.checkpoints=a,b', 'not a int'),
-    ('spectra.shares=half', 'not a float'),
-    ('rl.log_kl=perhaps', 'not a bool'),
-    ('rl.updates={"a":1}', 'not a int'),
+    ('sft.max_steps=many', 'an integer'),
+    ('sft.max_steps=1.5', 'an integer'),
+    ('sft.max_steps=', 'an integer'),
+    ('sft.max_steps=true', 'an integer'),
+    ('rl.learning_rate=fast', 'a number'),
+    ('rl.learning_rate=[1]', 'a number'),
+    ('sft.checkpoints=a,b', 'an integer'),
+    ('spectra.shares=half', 'a number'),
+    ('rl.log_kl=perhaps', 'true or false'),
+    ('rl.updates={"a":1}', 'an integer'),
     # out of range
     ('sft.learning_rate=0', 'above 0'),
     ('sft.learning_rate=-1e-3', 'above 0'),
@@ -60,20 +61,20 @@ SETTINGS = [  # setting, and what the message must say beside its name
     ('rl.lam=-1', 'between 0 and 1'),
     ('rl.clip=0', 'above 0'),
     ('rl.temperature=0', 'above 0'),
-    ('eval.temperature=-1', '0 or more'),
-    ('eval.temperature=NaN', '0 or more'),
-    ('rl.entropy_coef=-0.1', '0 or more'),
+    ('eval.temperature=-1', 'at least 0'),
+    ('eval.temperature=NaN', 'at least 0'),
+    ('rl.entropy_coef=-0.1', 'at least 0'),
     ('sft.batch_size=0', 'at least 1'),
     ('rl.envs=-4', 'at least 1'),
     ('rl.epochs=0', 'at least 1'),
     ('rl.minibatch=100000', 'at most rl.envs'),
     ('rl.micro_batch=0', 'at least 1'),
-    ('sft.checkpoints=-1', '0 or more'),
-    ('surgery.ranks=0', 'above 0, at most 1'),
-    ('surgery.ranks=', 'above 0, at most 1'),
+    ('sft.checkpoints=-1', 'at least 0'),
+    ('surgery.ranks=0', 'above 0 and at most 1'),
+    ('surgery.ranks=', 'one or more shares'),
     ('spectra.shares=1.5', 'at most 1'),
     ('surgery.blocks=0', 'at least 1'),
-    ('lora.rank=-1', 'or more'),
+    ('lora.rank=-1', 'at least 0'),
     ('lora.alpha=0', 'above 0'),
     ('baselines.share=2', 'between 0 and 1'),
     ('preserve.share=0', 'above 0'),
@@ -81,12 +82,12 @@ SETTINGS = [  # setting, and what the message must say beside its name
     ('sft.processes=7', 'divisor'),
     ('rl.processes=1000', 'at most rl.envs'),
     ('grpo.generations=1', 'at least 2'),
-    ('grpo.minibatch=3', 'multiple'),
+    ('grpo.minibatch=3', 'a multiple of grpo.generations=8'),
     ('grpo.responses=7', 'multiple'),
     ('rl.starts=', 'one or more'),
-    ('rl.starts=3', 'sft.checkpoints has not'),
+    ('rl.starts=3', 'among sft.checkpoints'),
     ('baselines.rounds=1000', 'at most rl.updates'),
-    ('conditions.starts=0', 'one or more of'),
+    ('conditions.starts=0', 'one or more of rl.starts'),
     ('task.tries=0', 'tries'),
     # empty data
     ('sft.examples=0', 'at least 1'),
@@ -102,27 +103,27 @@ SETTINGS = [  # setting, and what the message must say beside its name
     ('sft=1', 'no setting'),
     ('sft.max_steps', 'not of the form'),
     ('=1', 'no setting'),
-    ('rl.engine=sglang', "'transformers' or 'vllm'"),
+    ('rl.engine=sglang', 'one of transformers, vllm'),
     ('surgery.edits=both', "'directions' and any of"),
     ('conditions.names=none', 'default'),
     ('preserve.methods=dropout', 'rpsft-'),
     ('sft.schedule=linearly', 'constant_with_warmup'),
     ('grpo.schedule=x', 'cosine'),
-    ('rl.schedule=linear', 'cosine or constant'),
+    ('rl.schedule=linear', 'one of cosine, constant'),
     ('model.dtype=float33', 'bfloat16'),
     ('model.device=tpu', 'cuda'),
     ('scale.sharding=fsdp', 'none, fsdp2, zero3'),
     ('scale.sharding=fsdp2', 'sft.processes'),
-    ('scale.precision=float16', 'float32 or bfloat16'),
-    ('cluster.rl_gpus=-1', '0 or more'),
+    ('scale.precision=float16', 'one of float32, bfloat16'),
+    ('cluster.rl_gpus=-1', 'at least 0'),
     ('cluster.sft_memory=0', 'above 0'),
     ('cluster.other_hours=NaN', 'above 0'),
     ('model.name=model.gguf', 'a .gguf file'),
     ('task.style=haiku', 'style'),
     ('task.name=rank', 'use --task rank'),
     ('base.steps=100', 'model.name=anew'),
-    ('model.name=my model', 'a .gguf file, or a name on the hub'),
-    ('model.name=/no/such/place', 'a .gguf file, or a name on the hub'),
+    ('model.name=my model', 'a .gguf file, a name on the hub'),
+    ('model.name=/no/such/place', 'a .gguf file, a name on the hub'),
 ]
 
 
@@ -136,7 +137,7 @@ def test_a_setting_that_cannot_be(setting, says):
 WORDS = [  # what is given on the command line
     (['--profile', 'smokey'], 'tiny, smoke'),
     (['--set', 'sft.max_step=20'], 'did you mean sft.max_steps'),
-    (['--set', 'rl.updates=many'], 'not a int'),
+    (['--set', 'rl.updates=many'], 'an integer'),
     (['--task', 'chess'], 'general_points'),
     (['--task', 'no_module:Task'], 'no_module'),
     (['--task', 'json:Task'], 'json'),
@@ -315,7 +316,7 @@ def test_checkpoints_that_do_not_fit_on_the_disk(tmp_path):
             ValueError, match='the 6 checkpoints of this run need .* and the disk of .* has 1.0 MB left: free some'
         ),
     ):
-        chain.execute(run, say=lambda line: None)
+        execute(run, say=lambda line: None)
     assert not [*tmp_path.rglob('*.parquet')]
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import rlheals
-from rlheals import chain, guard
+from rlheals.running.plan import plan
+from rlheals.running.checks import find_damaged, finished
+from rlheals.running.locking import end_workers, workers
 from rlheals.training.runs import Run
 
 BIN, ROOT = Path(sys.executable).parent, Path(__file__).parents[2]
@@ -58,13 +60,13 @@ class Smoke:
         until = time.time() + patience
         while True:
             found = []
-            for p in guard.workers(self.run.dir):
+            for p in workers(self.run.dir):
                 try: found += [p] * (of in ' '.join(p.cmdline()))
                 except psutil.Error: pass
             if found or time.time() > until or self.process.poll() is not None: return found
             time.sleep(.1)
 
-    def finished(self): return [p for p in guard.finished(self.run.path()) if not p.is_symlink()]
+    def finished(self): return [p for p in finished(self.run.path()) if not p.is_symlink()]
 
     def delete_some(self):
         "Make work: some results go, and everything that depends on them; seldom what everything depends on."
@@ -189,7 +191,7 @@ def damage(s, how):
     code = s.end()  # of what was running at that moment: whether it noticed or not
     s.start()  # now it must
     again = s.end()
-    if file.exists() and guard.find_damaged([s.run.path()]):
+    if file.exists() and find_damaged([s.run.path()]):
         assert again == 1 and str(file) in s.said and 'rlheals reproduce --repair' in s.said, (file, code, s.said)
         words = shlex.split(s.said.strip().splitlines()[-1])
         assert words[0] == 'rlheals'
@@ -259,7 +261,7 @@ def torment(home, n, seed, tmp):
         order = [kinds[k % len(kinds)] for k in range(n)]
         rng.shuffle(order)
         for k, kind in enumerate(order):
-            if s.run.table('losses').exists() and not chain.plan(s.run): s.delete_some()
+            if s.run.table('losses').exists() and not plan(s.run): s.delete_some()
             s.start()
             time.sleep(rng.uniform(0, 14))
             counts[kind]['tried'] += 1
@@ -272,7 +274,7 @@ def torment(home, n, seed, tmp):
             dict(fault=k, **{c: counts[k][c] for c in ('tried', 'survived', 'refused', 'lost')}) for k in kinds
         ], time.time() - start
     finally:
-        guard.end_workers((place/'home'/'runs'/'smoke').resolve())
+        end_workers((place/'home'/'runs'/'smoke').resolve())
         if disk: subprocess.run(['umount', '-l', str(place)], check=True)
 
 

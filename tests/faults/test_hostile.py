@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from conftest import rlheals
 from hypothesis import HealthCheck, given, settings, strategies as st
-from rlheals import chain
+from rlheals.running.tables import figures_dir
+from rlheals.running.workflow import execute
 from rlheals.training.models import ASSETS, load_model, save_model
 from rlheals.training.rules import split_changes
 from rlheals.training.runs import Run
@@ -257,12 +258,12 @@ def test_a_path_is_a_path(tmp_path):
     home.mkdir()
     model = shutil.copytree(ASSETS/'tiny', home/'my model; x')
     run = Run('smoke', (f'model.name={model}', 'sft.max_steps=2', 'rl.starts=2'), root=home/'runs')
-    chain.execute(
+    execute(
         run,
-        targets=['general_points/seed0/tables/eval-sft-00.parquet', str(chain.figures_dir(run) / 'F6.csv')],
+        targets=['general_points/seed0/tables/eval-sft-00.parquet', str(figures_dir(run) / 'F6.csv')],
         say=lambda line: None,
     )
-    assert run.table('eval-sft-00').is_file() and (chain.figures_dir(run)/'F6.csv').is_file()
+    assert run.table('eval-sft-00').is_file() and (figures_dir(run)/'F6.csv').is_file()
     assert (
         sorted(p.name for p in tmp_path.iterdir()) == [HOSTILE]
         and sorted(p.name for p in home.iterdir()) == ['my model; x', 'runs']

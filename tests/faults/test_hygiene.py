@@ -1,7 +1,8 @@
 """Training that meets a number that is none, or too little memory, or too little room."""
 from unittest.mock import patch
 import pytest, torch
-from rlheals import files, ppo, sft
+from rlheals.core import files
+from rlheals.training import rl, sft
 from rlheals.training.grpo import grpo_stage
 from rlheals.training.models import load_model, save_model
 from rlheals.training.rl import rl_stage
@@ -46,7 +47,7 @@ def test_a_gradient_that_is_no_number_never_reaches_the_weights(tmp_path, stage)
 
     with (
         patch.object(sft, 'load_model', loaded),
-        patch.object(ppo, 'load_model', loaded),
+        patch.object(rl, 'load_model', loaded),
         pytest.raises(FloatingPointError, match='gradient.* is nan'),
     ):
         STAGES[stage](run)
@@ -90,7 +91,7 @@ def test_memory_that_runs_out_halves_the_batch_and_nothing_else(tmp_path, stage,
     little = little_memory(3, stage == 'grpo')  # how many answers TRL samples at a time is not ours to say
     with (
         patch.object(sft, 'load_model', little),
-        patch.object(ppo, 'load_model', little),
+        patch.object(rl, 'load_model', little),
         patch.object(sft, 'mean_loss', lambda m, e, c: 0.0),
     ):
         STAGES[stage](halved)
