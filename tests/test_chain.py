@@ -274,7 +274,7 @@ def test_dry_run_lists_jobs_and_makes_none(home):
     [
         (['--profile', 'smokey'], 'tiny, smoke'),
         (['--set', 'sft.max_step=20'], 'sft.max_steps'),
-        (['--set', 'rl.updates=many'], 'not a int'),
+        (['--set', 'rl.updates=many'], 'must be an integer'),
     ],
 )
 def test_wrong_settings_end_at_once(home, words, says):

@@ -83,9 +83,9 @@ def test_jobs_on_this_machine_are_not_limited_by_it(home):
     'words, says',
     [
         (['--executor', 'slrum'], 'use local or slurm'),
-        (['--executor', 'slurm', '--set', 'cluster.rl_gpus=-1'], '0 or more'),
+        (['--executor', 'slurm', '--set', 'cluster.rl_gpus=-1'], 'must be at least 0'),
         (['--executor', 'slurm', '--set', 'cluster.rl_hours=0'], 'above 0'),
-        (['--executor', 'slurm', '--set', 'cluster.rl_memory=much'], 'not a float'),
+        (['--executor', 'slurm', '--set', 'cluster.rl_memory=much'], 'must be a number'),
     ],
 )
 def test_what_cannot_be_is_said_at_once(tmp_path, words, says):
