@@ -95,7 +95,9 @@ def explore_stage(
         summarise(t[t.metric == 'success'], by).drop(columns='seeds').rename(columns=dict(mean='value'))
     )
     parts = dict(
-        accuracy=success(evaluation, ['stage', 'checkpoint', 'split']),
+        accuracy=success(evaluation, ['stage', 'checkpoint', 'split']).assign(
+            is_end=lambda d: d.checkpoint == run.sft_end
+        ),
         restoration=success(surgery, ['edit', 'share', 'split']),
     )
     total = 3 * len(at)  # the weights take about twice as long as the answers
@@ -119,7 +121,7 @@ def explore_stage(
     table = pd.concat([parts[p].assign(part=p) for p in PARTS], ignore_index=True)
     numbers = {k: 'float32' for k in ('value', 'low', 'high', 'share')} | {
         k: 'Int32' for k in ('checkpoint', 'n', 'layer', 'index', 'episode', 'turn', 'tried')
-    }
+    } | dict(is_end='boolean')
     return run.save(table.astype(numbers), 'explorer')
 
 # %% ../../nbs/5_beyond/15_explorer_table.ipynb #794ee6f6
@@ -174,15 +176,18 @@ def part(
 
 # %% ../../nbs/5_beyond/15_explorer_table.ipynb #16e5bbf5
 def named(table) -> dict:  # name -> (stage, checkpoint)
-    "The base and the checkpoints that the paper names."
+    "The base and the checkpoints that the paper names (SFT_End: `sft.end`; in tables without that mark, the last)."
     a = part(table, 'accuracy', split='ood')
-    sft, last = a[a.stage == 'sft'].sort_values('checkpoint'), a[a.stage == 'rl'].checkpoint.max()
-    best = sft.checkpoint.iloc[sft.value.argmax()]
+    marked = a[a.is_end.fillna(False).astype(bool)] if 'is_end' in a else a[:0]
+    sft = a[a.stage == 'sft'].sort_values('checkpoint')
+    def end(stage):
+        known = marked[marked.stage == stage]
+        return stage, int((known if len(known) else a[a.stage == stage]).checkpoint.max())
     return dict(
         base=('sft', 0),
-        SFT_MaxOOD=('sft', int(best)),
-        SFT_End=('sft', int(sft.checkpoint.max())),
-        RL_End=('rl', int(last)),
+        SFT_MaxOOD=('sft', int(sft.checkpoint.iloc[sft.value.argmax()])),
+        SFT_End=end('sft'),
+        RL_End=end('rl'),
     )
 
 # %% ../../nbs/5_beyond/15_explorer_table.ipynb #1da7f8a9
