@@ -125,7 +125,7 @@ LOGITS = 5  # number of arrays of logits, in float32
 KERNELS = .15 * 2**30  # times the log of the number of passes, on a CPU (fitted to PPO: `tests/bench/memory.py`)
 MEASURED = ('sft', 'rl', 'grpo', 'baselines', 'evaluate')  # stages whose memory is estimated
 # `parts`: name -> bytes; of `activations` and `cache` only the larger counts in the total
-MemoryEstimate = namedtuple('Footprint', 'parts total')
+MemoryEstimate = namedtuple('MemoryEstimate', 'parts total')
 def _kept(s, L, fused):  # numbers that a layer keeps for backward, per token of a sequence of length L
     return 7 * s.hidden + 3 * s.heads * s.head_dim + 4 * s.mlp + (0 if fused else s.heads * L)
 

@@ -1,5 +1,5 @@
 """What SFT and PPO of `tiny` take on a CPU and what the plan says, over many settings: the measurements behind
-`KERNELS` in the chapter on footprints.
+`KERNELS` in the chapter on memory.
 
     python tests/bench/memory.py            all of them: twenty minutes
     python tests/bench/memory.py navigation rl.updates=3 rl.envs=64
@@ -8,7 +8,7 @@ import sys, tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_footprint import peak  # noqa: E402
+from test_memory import peak  # noqa: E402
 from rlheals.running.memory import estimate_memory# noqa: E402
 from rlheals.training.runs import Run# noqa: E402
 
