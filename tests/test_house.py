@@ -59,6 +59,13 @@ def test_readme_is_made_from_index():
     assert (ROOT/'README.md').read_text() == readme(ROOT/'nbs'/'index.ipynb'), 'run `rlheals readme`'
 
 
+def test_the_list_of_chapters_is_current():
+    from rlheals.running.readme import contents
+    shown = [''.join(out['data']['text/markdown']) for cell in cells(ROOT/'nbs'/'chapters.ipynb')
+             for out in cell.get('outputs', ()) if 'text/markdown' in out.get('data', {})]
+    assert [text.strip() for text in shown] == [contents(ROOT/'nbs').strip()], 'execute nbs/chapters.ipynb'
+
+
 def test_readme_is_a_page():
     "Both commands are seen without scrolling, and the whole is read in five minutes."
     lines = (ROOT/'README.md').read_text().splitlines()
