@@ -180,7 +180,7 @@ def sound(page, code):
 
 
 def test_a_library_notebook_runs(page, server, copy, shots):
-    code = open_and_run(page, server, copy, 'nbs/00_tasks.ipynb')
+    code = open_and_run(page, server, copy, 'nbs/1_tasks/06_general_points.ipynb')
     page.screenshot(path=shots/'library.png')
     assert len(sound(page, code)) >= 2
 
@@ -198,7 +198,7 @@ def test_a_chain_notebook_runs(page, server, copy, shots):
 
 
 def test_the_explorer_follows_its_widgets(page, server, copy, shots):
-    code = open_and_run(page, server, copy, 'nbs/explorer.ipynb')
+    code = open_and_run(page, server, copy, 'nbs/pages/explorer.ipynb')
     sound(page, code)
     picture, heading = (
         page.locator('.jp-OutputArea img.widget-image').first,
