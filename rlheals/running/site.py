@@ -68,6 +68,11 @@ def on_nav(nav, config, files):
 
     rename(nav.items)
 
+# %% ../../nbs/6_running/14_site.ipynb #15a7d467
+def on_serve(server, config, builder):
+    "Watch the notebooks only: each build writes to the directory of pages, and would start the next."
+    server.unwatch(config.docs_dir)
+
 # %% ../../nbs/6_running/14_site.ipynb #6759b2fc
 _BUTTON = r'<div class="zeroclipboard-container">.*?</clipboard-copy>\s*</div>|<div class="clipboard-copy-txt".*?</div>'
 _CODE = r'<div class="highlight[^"]*"><pre>(?!<code>)(.*?)</pre>'
