@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/1_tasks/00_tasks.ipynb #37168556
 from ..core.randomness import hash64, seeded
-from .protocol import (STYLES, TASKS, Episode, Problem, Task, Verdict, examples, home_of, load_task,
-                                    problem_set, steps, task_options)
+from .protocol import (SHARES, STYLES, TASKS, Episode, Problem, Task, Verdict, examples, fingerprint,
+                                    home_of, load_task, problem_set, steps, task_options)
 from .answers import answer_reader, plain_signs, read_integer
 from .new_task import check_task
