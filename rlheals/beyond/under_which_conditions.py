@@ -110,10 +110,10 @@ def _sft_curves(tables):  # OOD accuracy along SFT: the run's own, and each othe
 @figure('conditions', 'baselines', 'sft_evaluation', name='S2', title='Under which conditions RL heals',
         on_request=True)
 def s2(tables):
-    """Change of accuracy from an SFT checkpoint by RL under each condition, and by as much training without RL (95 %
-    intervals; ticks: seeds; full: excludes zero; dotted: the default; star: differs from the default after Holm's
-    correction). Below: change of OOD accuracy against the share of right answers in RL's first update, and OOD accuracy
-    along SFT where SFT was changed (stars: the best)."""
+    """Change of accuracy from an SFT checkpoint by RL under each condition, and by equal-compute baselines without RL
+    (95 % intervals; ticks: seeds; full: excludes zero; dotted: the default; star: differs from the default after
+    Holm's correction). Below: change of OOD accuracy against the share of right answers in RL's first update, and
+    OOD accuracy along SFT where SFT was changed (stars: the best)."""
     import matplotlib.pyplot as plt, pandas as pd
     from matplotlib.lines import Line2D
     data = condition_changes(tables)

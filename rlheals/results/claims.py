@@ -97,12 +97,12 @@ def c10(d):
 # %% ../../nbs/4_results/15_claims.ipynb #ce6b1974
 # precondition of a claim: (function arrays -> number per seed, text if it is not met)
 PREREQUISITES = dict(
-    forgetting=(_drop, 'it is not sure that SFT forgot anything on this task'),
+    forgetting=(_drop, 'not testable: no significant OOD forgetting on this task'),
     raised=(
         lambda d: contrast(d['rl_end'] - d['ood'][..., np.searchsorted(d['steps'], d['starts'][-1]), :]),
-        'it is not sure that RL from the last checkpoint raised anything that could be taken away',
+        'not testable: RL from the last checkpoint has no significant OOD gain that could be lost',
     ),
-    window=(lambda d: c4(d)[0], 'it is not sure that RL raised OOD accuracy from any start within'),
+    window=(lambda d: c4(d)[0], 'not testable: no significant OOD gain of RL inside the window'),
 )
 POINTS = .05  # half of the paper's effects on GeneralPoints
 
@@ -132,7 +132,7 @@ CLAIMS = dict(
         'forgetting',
         [
             Part('OOD accuracy, best of RL minus best of SFT', '<', POINTS, refuted=0),
-            Part('gain of RL from the best start after the peak', '>', 0, refuted=POINTS),
+            Part('RL gain from the best start after the peak', '>', 0, refuted=POINTS),
         ],
     ),
     C4=Claim(
@@ -140,9 +140,9 @@ CLAIMS = dict(
         c4,
         'forgetting',
         [
-            Part('gain of RL within', '>', 0, refuted=POINTS),
+            Part('RL gain inside the window', '>', 0, refuted=POINTS),
             *(
-                Part(f'half of it minus the gain from the {which} start', '>', 0, refuted=0)
+                Part(f'half of that gain minus the RL gain from the {which} start', '>', 0, refuted=0)
                 for which in ('first', 'last')
             ),
         ],
@@ -157,7 +157,10 @@ CLAIMS = dict(
                 for s in ('SFT', 'RL')
             ),
             *(
-                Part(f'that of the directions by {s}, as a multiple', '>', np.log(4), refuted=np.log(4), unit='log')
+                Part(
+                    f'change of the singular vectors by {s} as a multiple of it',
+                    '>', np.log(4), refuted=np.log(4), unit='log',
+                )
                 for s in ('SFT', 'RL')
             ),
         ],
@@ -173,12 +176,12 @@ CLAIMS = dict(
         c7,
         'forgetting',
         [
-            Part('recovered by all directions', '>', 0, refuted=POINTS),
-            Part('recovered by a part', '>', 0, refuted=POINTS),
-            Part('that, minus half of what was lost', '>', None, 0, 0),
+            Part('OOD accuracy recovered by all directions', '>', 0, refuted=POINTS),
+            Part('OOD accuracy recovered by a low-rank edit', '>', 0, refuted=POINTS),
+            Part('recovery by a low-rank edit minus half of the loss', '>', None, 0, 0),
             *(
-                Part(f'low rank minus {control}', '>', 0, refuted=0.02)
-                for control in ('values only', 'random directions', 'a straight line')
+                Part(f'low-rank edit minus {control}', '>', 0, refuted=0.02)
+                for control in ('values only', 'random directions', 'interpolation of equal length')
             ),
         ],
     ),
@@ -194,10 +197,10 @@ CLAIMS = dict(
         'window',
         [
             *(
-                Part(f'skewness from the {which} start minus within', '>', 0, refuted=0.25, unit='')
+                Part(f'skewness from the {which} start minus skewness inside the window', '>', 0, refuted=0.25, unit='')
                 for which in ('first', 'last')
             ),
-            Part('skewness within', '<', None, 0.5, 0.5, ''),
+            Part('skewness inside the window', '<', None, 0.5, 0.5, ''),
         ],
     ),
     C10=Claim(
@@ -206,7 +209,7 @@ CLAIMS = dict(
         'forgetting',
         [
             Part('format errors by step 100', '<', 0.1, refuted=0.1),
-            Part('fall of OOD accuracy beyond that of the format', '>', 0, refuted=POINTS),
+            Part('fall of OOD accuracy beyond that of correct format', '>', 0, refuted=POINTS),
         ],
     ),
 )

@@ -217,10 +217,10 @@ def _landmark_bars(ax, e, others):  # bars of one task; the table drawn
 @figure('evaluation', 'baselines', name='F5', title='The three checkpoints the paper names', claims=('C1', 'C3'),
         across_tasks=True)
 def f5(tables):
-    """Accuracy of the SFT checkpoint with the best OOD accuracy, of the last one, and of what starts from the last one:
-    RL (RL_End: PPO, GRPO_End: GRPO) and, paler, as much training without RL (SFT on fresh examples; rejection sampling:
-    SFT on the model's own right answers) and weights interpolated with an earlier checkpoint; ID and OOD, per task (95
-    % intervals; dots: seeds)."""
+    """Accuracy of the SFT checkpoint with the best OOD accuracy, of the last one, and of what starts from the last
+    one: RL (RL_End: PPO, GRPO_End: GRPO) and, paler, equal-compute baselines without RL (SFT on fresh examples;
+    rejection sampling: SFT on the model's own right answers) and weights interpolated with an earlier checkpoint;
+    ID and OOD, per task (95 % intervals; dots: seeds)."""
     import matplotlib.pyplot as plt, pandas as pd
     e, others = (rows(tables[t], t, metric='success', split=('id', 'ood')) for t in ('evaluation', 'baselines'))
     by_task, others = split_by_task(e), split_by_task(others)

@@ -104,7 +104,7 @@ ERRORS = dict(format_error='answer not in the format', rule_error='numbers read 
 # %% ../../nbs/4_results/05_does_sft_forget.ipynb #5532e2c7
 @figure('sft_evaluation', name='F4', title='Format, rule and solving errors along SFT', claims=('C10',))
 def f4(tables):
-    """The first thing wrong in the first answer, along SFT, ID and OOD, as a share of all problems (95 % intervals).
+    """First answers by their first error, along SFT, ID and OOD, as a share of all problems (95 % intervals).
 
     Dotted: the checkpoint with the best OOD accuracy."""
     import matplotlib.pyplot as plt
