@@ -2,7 +2,6 @@
 import ast, json, re, symtable
 from functools import partial
 from html import unescape
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 import pytest
 from typer.testing import CliRunner

@@ -79,7 +79,6 @@ def spectrum(
 # %% ../../nbs/3_analysis/06_decomposition.ipynb #95a29f97
 LEADING = .125  # largest share of the rank for which the leading part is faster than all of it
 def _gram(A):  # A^T A, from the blocks on and above its diagonal
-    import torch
     cuts = [round(i * A.shape[1] / 4) for i in range(5)]
     G = A.new_empty(A.shape[1], A.shape[1])
     for i, j in zip(cuts, cuts[1:]):

@@ -127,7 +127,6 @@ _BESIDE = ('SCB', 'scales', 'qweight', 'qzeros', 'scale_weight', 'weight_scale',
 
 # %% ../../nbs/3_analysis/03_formats.ipynb #938bbe32
 def from_safetensors(files):
-    import torch
     from safetensors import SafetensorError, safe_open
     def reader(file, name, dtype):
         def read(first, last):

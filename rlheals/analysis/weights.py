@@ -11,7 +11,7 @@ import math, re
 from collections import namedtuple
 from functools import lru_cache
 from ..training.models import is_gguf
-from .formats import (FLOATS, KINDS, Stored, as_weights, check_parts, from_safetensors, locate,
+from .formats import (KINDS, Stored, as_weights, check_parts, from_safetensors, locate,
                                       parse_name, parts, read_json, rounding, safetensors_files)
 from .adapters import Adapter, base_of, open_model, stored_weights
 

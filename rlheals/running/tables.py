@@ -17,6 +17,7 @@ from ..tasks.protocol import TASKS
 from ..training.runs import Run
 from ..analysis.evaluation import evaluation_parts
 from ..beyond.conditions import conditions_of
+from .figures import ACROSS, NEEDS, check_figure, draw
 
 # %% ../../nbs/6_running/02_tables.ipynb #c619e16a
 def sft_files(run: Run) -> list[Path]:
@@ -107,7 +108,6 @@ def shown(
     """Task -> number of its seeds that a figure shows: those requested, and further seeds that are already complete.
 
     A figure across tasks also shows the paper's other tasks that are already complete."""
-    from rlheals.running.figures import ACROSS, NEEDS
     asked = list(tasks or [run.task_name])
     def count(t, n):
         try: return seeds_done(replace(run, task_name=t), NEEDS[figure], n)
@@ -138,7 +138,6 @@ def figure_inputs(
     tasks=(),  # names of the tasks requested (default: the run's own)
 ) -> list[Path]:
     "The files from which a figure is made."
-    from rlheals.running.figures import NEEDS
     return [f for r in figure_runs(run, figure, seeds, tasks) for f in tables_of(r, NEEDS[figure])]
 
 # %% ../../nbs/6_running/02_tables.ipynb #6f544eb6
@@ -149,13 +148,11 @@ def figure_tables(
     tasks=(),  # names of the tasks requested (default: the run's own)
 ) -> dict:
     "Name -> table, for the tables from which a figure is drawn."
-    from rlheals.running.figures import NEEDS
     return load_tables(figure_runs(run, figure, seeds, tasks), NEEDS[figure])
 
 # %% ../../nbs/6_running/02_tables.ipynb #d0cbc3eb
 KEPT = dict(tiny='', smollm2='smollm2')  # runs whose figures the repository keeps -> their directory in `figures/`
 def _of_task(base, run, figure):  # tasks have directories of their own
-    from rlheals.running.figures import ACROSS
     return base if run.task_name == HOME or figure in ACROSS else base/run.task_dir
 def figures_dir(
     run: Run,  # run that draws
@@ -234,7 +231,6 @@ def draw_figure(
     tasks=(),  # names of tasks, for a figure across tasks (see `shown`)
 ):
     "Draw and save a figure from the tables of a run; return the path of the picture and the table drawn."
-    from rlheals.running.figures import ACROSS, check_figure, draw
     from rlheals.results.style import save
     check_figure(figure)
     what = run, figure, seeds, tasks if figure in ACROSS else ()

@@ -1,6 +1,6 @@
 """What a model writes, a checkpoint holds or a command line says is data: it is never run, and never goes anywhere but
 where it points."""
-import json, os, pickle, random, shutil, subprocess, sys, time
+import json, os, pickle, random, shutil, sys, time
 from pathlib import Path
 import pytest
 from conftest import rlheals
