@@ -58,14 +58,23 @@ def home(tmp_path_factory):
     return home
 
 
-SAID = []  # lines for the end of the test run
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items):
+    "Groups that pytest-xdist gives to one process each: a file with its fixtures, and all tests that share `home`."
+    for item in items:
+        group = 'home' if 'home' in getattr(item, 'fixturenames', ()) else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture
-def say(): return SAID.append
+def say(request):
+    "Function that keeps a line for the end of the test run."
+    return lambda line: request.node.user_properties.append(('said', line))
 
 
 def pytest_terminal_summary(terminalreporter):
-    if not SAID: return
-    terminalreporter.section('faults')
-    for line in SAID: terminalreporter.write_line(line)
+    reports = [r for of_one in terminalreporter.stats.values() for r in of_one if getattr(r, 'when', '') == 'call']
+    lines = [line for r in reports for key, line in r.user_properties if key == 'said']
+    if not lines: return
+    terminalreporter.section('measured')
+    for line in lines: terminalreporter.write_line(line)

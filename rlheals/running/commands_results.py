@@ -207,9 +207,10 @@ def test():
     from rlheals.core.environment import ROOT
     env = os.environ | dict(HF_HUB_OFFLINE='1')
     bin = Path(sys.executable).parent
+    parallel = ['-n', 'logical', '--maxprocesses', '4', '--dist', 'loadgroup']  # see tests/conftest.py for the groups
     commands = [
         [str(bin / 'nbdev_test'), '--n_workers', '2', '--do_print'],
-        [sys.executable, '-m', 'pytest', 'tests', '-m', 'not long and not hours'],
+        [sys.executable, '-m', 'pytest', 'tests', *parallel, '--durations', '25', '-m', 'not long and not hours'],
     ]
     codes = [subprocess.run(c, cwd=ROOT, env=env).returncode for c in commands]
     raise typer.Exit(max(codes))

@@ -172,7 +172,8 @@ def plan(
 
     Exits with status 1 if the run cannot fit."""
     from rich.console import Console
-    from rlheals.running.duration import check_resources, plan_for
+    from rlheals.running.checks import check_resources
+    from rlheals.running.duration import plan_for
     from rlheals.training.runs import Run
     try: run, device, n, on_gpu = plan_for(Run(profile, tuple(set), task_name=task), gpus, gpu)
     except ValueError as e: fail(e)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Shape', 'CONFIGS', 'Lengths', 'LIBRARIES', 'LOGITS', 'KERNELS', 'MEASURED', 'MemoryEstimate', 'UnknownShape', 'shape',
-           'lengths', 'estimate_memory']
+           'shape_of', 'lengths', 'estimate_memory']
 
 # %% ../../nbs/6_running/03_memory.ipynb #2385a6aa
 import json, math
@@ -12,7 +12,8 @@ from collections import namedtuple
 from functools import lru_cache
 from pathlib import Path
 from ..tasks.protocol import Episode, examples
-from ..training.models import ASSETS, find_model, is_gguf
+from ..training.models import ASSETS, SMOLLM2, find_model, is_gguf
+from ..training.checkpoints import stored
 from ..training.generation import encode
 from ..training.settings import DTYPES
 from ..training.runs import Run
@@ -23,7 +24,11 @@ Shape = namedtuple('Shape', 'layers hidden mlp heads kv_heads head_dim vocab par
 class UnknownShape(ValueError):
     "A model whose `config.json` is not available or not that of a Llama-like model."
 # models whose `config.json` ships with the package -> its name
-CONFIGS = {'Qwen/Qwen2.5-7B-Instruct': 'qwen2.5-7b', 'meta-llama/Llama-3.2-11B-Vision-Instruct': 'llama3.2-11b'}
+CONFIGS = {
+    SMOLLM2: 'smollm2-135m',
+    'Qwen/Qwen2.5-7B-Instruct': 'qwen2.5-7b',
+    'meta-llama/Llama-3.2-11B-Vision-Instruct': 'llama3.2-11b',
+}
 
 # %% ../../nbs/6_running/03_memory.ipynb #a7fd0c4e
 def _config(name):  # `config.json` of a model
@@ -63,6 +68,11 @@ def shape(
             f"the config.json of {str(name)!r} has no {', '.join(missing)}: only the shapes of Llama-like models are "
             "known"
         )
+    return _shape(c)
+
+# %% ../../nbs/6_running/03_memory.ipynb #e011dd2a
+def _shape(c):  # from the contents of a `config.json`
+    wanted = ('num_hidden_layers', 'hidden_size', 'intermediate_size', 'num_attention_heads', 'vocab_size')
     n, h, m, a, V = (c[k] for k in wanted)
     k, d = c.get('num_key_value_heads') or a, c.get('head_dim') or h // a
     extra = 8 if c.get('cross_attention_layers') else 0  # Mllama has eight more input than output embeddings
@@ -71,6 +81,22 @@ def shape(
     block = 2 * a * d * h + 2 * k * d * h + bias + 3 * m * h + 2 * h
     total = n * block + crossing * (2 * d + 2) + h + (V + extra) * h + (0 if c.get('tie_word_embeddings') else V * h)
     return Shape(n, h, m, a, k, d, V, total)
+
+# %% ../../nbs/6_running/03_memory.ipynb #954a65df
+def shape_of(
+    run: Run,  # run with the model
+) -> Shape:  # of a model that is not Llama-like: zeros, but for the number of parameters
+    "The shape of a run's model."
+    if run.config['model']['name'] == 'anew':
+        b = run.config['base']
+        return _shape(_config('tiny') | dict(
+            num_hidden_layers=b['layers'], hidden_size=b['hidden_size'], intermediate_size=b['mlp'],
+            num_attention_heads=b['heads'], num_key_value_heads=b['heads'], head_dim=None,
+        ))
+    count = stored(run.base) or 0  # of weights on this machine
+    try: known = shape(run.base)
+    except UnknownShape: known = Shape(0, 0, 0, 0, 0, 0, 0, 0)
+    return known._replace(parameters=max(count, known.parameters))
 
 # %% ../../nbs/6_running/03_memory.ipynb #e259a1d7
 # maximal lengths in tokens; `shared`: length of the common prefix of all prompts
@@ -89,7 +115,7 @@ def lengths(
         e.answer(task, 'none')
         return e.turns if len(e.turns) > 1 else [e.turns[0], 'none', '']
     said = [(followed(p), a) for p, a in pairs]
-    if (tok := _tokenizer(run.base)) is None:
+    if (tok := _tokenizer('tiny' if run.config['model']['name'] == 'anew' else run.base)) is None:
         texts = [t[0] for t, _ in said]
         third = lambda xs: max(-(-len(x) // 3) for x in xs)
         same = len(_common(texts)) // 3
@@ -145,7 +171,7 @@ def estimate_memory(
     room: float = 0.,  # memory of a GPU in bytes: vLLM takes a share, sampling what is left
 ) -> MemoryEstimate:  # estimate for each device
     "Estimate the peak memory of a stage of a run, by part."
-    c, s, n = run.config, shape(run.base), lengths(run)
+    c, s, n = run.config, shape_of(run), lengths(run)
     gathered = 0, 0  # in training, in sampling
     b, sharded = DTYPES[c['model']['dtype']], c['scale']['sharding'] != 'none' and stage != 'evaluate'
     shards = devices if sharded else 1
@@ -174,7 +200,7 @@ def estimate_memory(
         # two layers, embeddings and head, each with weights and gradients
         if shards > 1:
             gathered = (
-                width * (2 * (s.parameters - 2 * s.vocab * s.hidden) / s.layers + 2 * s.vocab * s.hidden) * 2,
+                width * (2 * (s.parameters - 2 * s.vocab * s.hidden) / max(s.layers, 1) + 2 * s.vocab * s.hidden) * 2,
                 s.parameters * width,
             )  # scoring and sampling gather all of them
         r, g = c['rl'], c['grpo']

@@ -15,17 +15,15 @@ from ..core.files import need_room
 from ..core.store import fetch, put
 from ..core.prefork import server
 from ..core.environment import ChainError, clock, job_environment
-from ..training.computing import memory, pick_device
+from ..training.computing import pick_device
 from ..training.models import is_weights
 from ..training.checkpoints import check_model, stored
 from ..training.settings import DTYPES
 from ..training.rules import check_engine, split_changes
 from ..training.runs import Run
 from .tables import HOME, figures_dir, rl_files, sft_files, variants
-from .memory import UnknownShape
-from .duration import Device, check_resources
 from .locking import MARK, cancel_jobs, check_executor, end_workers, lock_run, terminable
-from .checks import check_memory, discard, drop_shards, find_damaged
+from .checks import check_machine, discard, drop_shards, find_damaged
 from .plan import ASKS, plan, progress_file, seconds, snakemake
 
 # %% ../../nbs/6_running/08_workflow.ipynb #659a471e
@@ -135,11 +133,7 @@ def _check_start(run, seeds, jobs, tasks, here):
     name = run.config['model']['name']
     if name != 'anew': check_model(name, run.config['model']['dtype'])
     if (count := stored(run.base)) is not None:  # otherwise the weights are not on this machine yet
-        if here: check_memory(run, count, jobs)
-        # on a CPU, running out of memory kills the process
-        if here and name != 'tiny' and pick_device(run.config['model']['device']) == 'cpu':
-            with suppress(UnknownShape):
-                check_resources(run, Device(memory(), 1, 1), max(run.config[s]['processes'] for s in ('sft', 'rl')))
+        if here: check_machine(run, jobs, len(todo))
         missing = [
             f
             for r in todo
