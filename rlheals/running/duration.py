@@ -110,7 +110,7 @@ class Costs:
 
     def evaluate(self) -> float:
         "Seconds of evaluating a checkpoint on both splits, if every problem takes all tries."
-        return 2 * self.tries * self.sample(self.config['eval']['episodes'])
+        return self.tries * self.sample(2 * self.config['eval']['episodes'])
 
     def decompose(
         self,

@@ -192,8 +192,8 @@ def estimate_memory(
             + 3 * 4 * s.vocab
         )
     )
-    # `generate` takes 512 at a time
-    if stage == 'evaluate': out |= dict(cache=sampling(min(c['eval']['episodes'], 512)))
+    # both splits; `generate` takes 512 at a time
+    if stage == 'evaluate': out |= dict(cache=sampling(min(2 * c['eval']['episodes'], 512)))
     else:
         out |= dict(gradients=trained * b / shards, optimiser=2 * trained * b / shards)
         if mixed and shards == 1: out['autocast'] = 2 * s.parameters  # autocast keeps copies in half precision

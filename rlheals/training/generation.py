@@ -7,6 +7,7 @@ __all__ = ['encode', 'attends_to_all', 'shared_start', 'cache_argument', 'genera
 
 # %% ../../nbs/2_training/04_generation.ipynb #4ff18a66
 import os
+from copy import deepcopy
 from functools import lru_cache
 from ..core.distributed import computing
 from .computing import in_parts, rounded
@@ -75,6 +76,21 @@ def _growing_layer():
             new[:, :, :have], new[:, :, have:] = old, 0  # masked positions must still hold finite numbers
             return new
 
+        def join(self, layers, start):
+            "Take the rows of several layers: the first `start` positions as they are, the rest ending together."
+            self.written = max(layer.written for layer in layers)
+            self.dtype, self.device, self.is_initialized = layers[0].dtype, layers[0].device, True
+            for name in ('keys', 'values'):
+                old = [getattr(layer, name) for layer in layers]
+                rows, room = sum(map(len, old)), self._room(self.written)
+                new, row = old[0].new_zeros(rows, old[0].shape[1], room, old[0].shape[-1]), 0
+                for layer, part in zip(layers, old):
+                    mine, first = new[row:row + len(part)], start + self.written - layer.written
+                    mine[:, :, :start] = part[:, :, :start]
+                    mine[:, :, first:self.written] = part[:, :, start:layer.written]
+                    row += len(part)
+                setattr(self, name, new)
+
     return GrowingLayer
 
 # %% ../../nbs/2_training/04_generation.ipynb #fccabd9c
@@ -96,6 +112,16 @@ def cache_argument(
     whole = model.get_base_model() if is_lora(model) else model
     return {'cache' if 'cache' in inspect.signature(type(whole).forward).parameters else 'past_key_values': cache}
 
+# %% ../../nbs/2_training/04_generation.ipynb #fbbf6cac
+def _chances(seeds, first, tokens):  # (B, tokens): uniform numbers, by which no answer depends on its batch
+    import torch
+    out = torch.empty(len(seeds), tokens)
+    for seed in dict.fromkeys(seeds):
+        rows = [i for i, s in enumerate(seeds) if s == seed]
+        draws = torch.rand(first + len(rows), tokens, generator=torch.Generator().manual_seed(seed))
+        out[rows] = draws[first:] * (1 - 2**-23)  # rounding must not give 1
+    return out
+
 # %% ../../nbs/2_training/04_generation.ipynb #f770e695
 def generate(
     model,
@@ -103,7 +129,7 @@ def generate(
     contexts: list[list[int]],  # token ids of each prompt, from `encode`
     max_new_tokens: int,
     temperature: float = 0.,  # sampling temperature (0: greedy)
-    seed: int = 0,
+    seed=0,  # seed of the samples; a list has one for each context
     batch_size: int = 512,
     # number of contexts before these that other processes answer: random numbers depend on the seed and the position
     # among all
@@ -113,11 +139,7 @@ def generate(
     import torch
     answers, was_training = {}, model.training
     model.eval()
-    # uniform numbers, one per token of each answer, so that an answer does not depend on its batch; the factor
-    # keeps rounding from giving 1
-    chance = torch.rand(first + len(contexts), max_new_tokens, generator=torch.Generator().manual_seed(seed))[
-        first:
-    ] * (1 - 2**-23)
+    chance = _chances([seed] * len(contexts) if isinstance(seed, int) else seed, first, max_new_tokens)
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))  # similar lengths together: less padding
     def part(rows):
         return dict(
@@ -139,45 +161,57 @@ def generate(
     model.train(was_training)
     return [answers[i] for i in range(len(contexts))]
 
+# %% ../../nbs/2_training/04_generation.ipynb #c807673d
+def _next_logits(model, ids, mask, position, cache):  # logits (B, V) of the token after `ids`
+    out = model(input_ids=ids, attention_mask=mask, position_ids=position, **cache_argument(model, cache),
+                use_cache=True, logits_to_keep=1)
+    return out.logits[:, -1].float()
+
+# %% ../../nbs/2_training/04_generation.ipynb #2dd4d7c9
+def _like_lengths(lengths):  # places in ascending lengths at which groups end that need little padding
+    ends, first = [], 0
+    for i in range(8, len(lengths), 8):  # numbers of rows that come again keep memory from growing (see `rounded`)
+        if lengths[i] > 1.3 * lengths[first] + 4 or i - first == 256: ends.append(i); first = i
+    return [*ends, len(lengths)]
+
+# %% ../../nbs/2_training/04_generation.ipynb #9b7a92ba
+# logits (B, V) after the contexts, cache of keys and values, mask (B, L), position (B, 1) of the last token
+def _prefill(model, tokenizer, contexts):
+    import torch
+    n, to, first, parts = shared_start(model, contexts), model.device, 0, []
+    rest, begin = [c[n:] for c in contexts], _cache(model)
+    if n:
+        ids = torch.tensor([contexts[0][:n]], device=to)
+        model(input_ids=ids, **cache_argument(model, begin), use_cache=True, logits_to_keep=1)
+    for end in _like_lengths([len(c) for c in rest]) if attends_to_all(model) else [len(contexts)]:
+        some, cache, first = rest[first:end], deepcopy(begin), end
+        enc = tokenizer.pad(dict(input_ids=some), padding_side='left', return_tensors='pt').to(to)
+        if n: cache.batch_repeat_interleave(len(some))
+        mask = torch.cat([enc['attention_mask'].new_ones(len(some), n), enc['attention_mask']], 1)
+        position = (mask.cumsum(1) - 1).clamp(min=0)[:, n:]
+        parts.append((_next_logits(model, enc['input_ids'], mask, position, cache), cache, mask, position[:, -1:]))
+    return parts[0] if len(parts) == 1 else _joined(model, parts, n)
+
+# %% ../../nbs/2_training/04_generation.ipynb #03c4211e
+def _joined(model, parts, n):  # the groups of `_prefill` as one, with padding after the n tokens that all share
+    import torch
+    logits, caches, masks, positions = zip(*parts)
+    whole, longest = _cache(model), max(m.shape[1] for m in masks)
+    for i in range(len(caches[0].layers)):
+        if len(whole.layers) <= i: whole.layers.append(_growing_layer()())
+        whole.layers[i].join([c.layers[i] for c in caches], n)
+    pad = lambda m: torch.cat([m[:, :n], m.new_zeros(len(m), longest - m.shape[1]), m[:, n:]], 1)
+    return torch.cat(logits), whole, torch.cat([*map(pad, masks)]), torch.cat(positions)
+
 # %% ../../nbs/2_training/04_generation.ipynb #149b50bb
 def _generate(model, tokenizer, contexts, max_new_tokens, temperature, chance):
     import torch
 
-    eos, cache, answers, n = (
-        tokenizer.eos_token_id,
-        _cache(model),
-        [[] for _ in contexts],
-        shared_start(model, contexts),
-    )
-    enc = tokenizer.pad(dict(input_ids=[c[n:] for c in contexts]), padding_side='left', return_tensors='pt').to(
-        model.device
-    )
-    ids, mask = enc['input_ids'], enc['attention_mask']  # (B, L - n) both
-    if n:
-        model(
-            input_ids=torch.tensor([contexts[0][:n]], device=model.device),
-            **cache_argument(model, cache),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache.batch_repeat_interleave(len(contexts))
-        mask = torch.cat([mask.new_ones(len(contexts), n), mask], 1)  # (B, L)
-    position = (mask.cumsum(1) - 1).clamp(min=0)[:, n:]
+    eos, answers = tokenizer.eos_token_id, [[] for _ in contexts]
+    logits, cache, mask, position = _prefill(model, tokenizer, contexts)
     # the answer that each row of the batch writes; which rows have ended
     rows, ended = list(range(len(contexts))), mask.new_zeros(len(contexts), dtype=torch.bool)
     for step in range(max_new_tokens):
-        logits = (
-            model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=position,
-                **cache_argument(model, cache),
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            .logits[:, -1]
-            .float()
-        )
         if temperature > 0:  # first token at which the cumulative probability passes a uniform number
             sums = (logits / temperature).softmax(-1).cumsum(-1)
             token = torch.searchsorted(sums, chance[rows, step, None] * sums[:, -1:], right=True)[:, 0]
@@ -198,6 +232,6 @@ def _generate(model, tokenizer, contexts, max_new_tokens, temperature, chance):
                 token[keep],
                 ended[keep],
             )
-        ids, position = token[:, None], position[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        position, mask = position + 1, torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        logits = _next_logits(model, token[:, None], mask, position, cache)
     return [a[:a.index(eos) + 1] if eos in a else a for a in answers]

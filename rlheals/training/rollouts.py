@@ -19,7 +19,7 @@ def answer_all(
     episodes: list[Episode],  # open episodes; one answer is added to each
     max_new_tokens: int,
     temperature: float,
-    seed: int,
+    seed,  # seed of the samples; a list has one for each episode
     first: int = 0,  # number of episodes before these that other processes answer
     engine=None,  # function contexts -> answers (default: `generate` with the model)
 ) -> tuple[list[list[int]], list[list[int]]]:
@@ -41,13 +41,14 @@ def play(
     problems: list[Problem],
     max_new_tokens: int,
     temperature: float = 0.,
-    seed: int = 0,
+    seed=0,  # seed of the samples; a list has one for each problem
 ) -> list[Episode]:
     "Play one complete episode per problem."
     episodes = [Episode.start(task, p) for p in problems]
-    turn = 0
-    while still := [e for e in episodes if not e.done(task)]:
-        answer_all(model, tokenizer, task, still, max_new_tokens, temperature, seed + turn)
+    seeds, turn = [seed] * len(problems) if isinstance(seed, int) else seed, 0
+    while still := [i for i, e in enumerate(episodes) if not e.done(task)]:
+        now = [seeds[i] + turn for i in still]
+        answer_all(model, tokenizer, task, [episodes[i] for i in still], max_new_tokens, temperature, now)
         turn += 1
     return episodes
 
