@@ -14,6 +14,7 @@ from ..tasks.protocol import Episode, Task, examples
 from ..tasks.gym import as_dataset
 from ..training.computing import pick_device, set_up_torch
 from ..training.models import load_model, merged, save_model
+from ..training.generation import Kept
 from ..training.rollouts import answer_all
 from ..training.runs import Run, decisive
 from ..training.launching import launch
@@ -49,11 +50,12 @@ def right_answers(
     seed: int = 0,  # seed of problems and samples
 ) -> list[tuple[list[str], str]]:
     "Sample `envs * turns` answers to training problems; returns (conversation before it, answer) of the correct ones."
-    problems, right = iter(training_problems(task, envs * (turns + 1), seed)), []
+    problems, right, kept = iter(training_problems(task, envs * (turns + 1), seed)), [], Kept()
     episodes = [Episode.start(task, next(problems)) for _ in range(envs)]
     for t in range(turns):
         before = [list(e.turns) for e in episodes]
-        answer_all(model, tokenizer, task, episodes, max_new_tokens, temperature, hash64(seed, 'answers', t) % 2**31)
+        chance = hash64(seed, 'answers', t) % 2**31
+        answer_all(model, tokenizer, task, episodes, max_new_tokens, temperature, chance, kept=kept)
         right += [(said, e.answers[-1]) for said, e in zip(before, episodes) if e.verdicts[-1].correct]
         episodes = [Episode.start(task, next(problems)) if e.done(task) else e for e in episodes]
     return right

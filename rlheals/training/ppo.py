@@ -15,7 +15,7 @@ from ..core.distributed import (all_reduce_sum, clip_gradients, frozen_copy, gat
                                       reduce_stats, with_weights)
 from ..tasks.protocol import Task
 from .computing import check_finite, halving
-from .generation import encode
+from .generation import Kept, encode
 from .rollouts import Environments, vllm_engine
 from .logprobs import logprobs_and_values, nested_inputs, value_head
 from .ppo_state import load_state, save_state, weight_sums
@@ -73,10 +73,10 @@ def collect(
     logprobs, values, rewards, dones, of length T * N, turn by turn; next_values (N,), of the prompts that come after;
     solved, one per episode that ended."""
     import torch
-    rows = 2 * c['micro_batch']  # without gradients there is room for more
+    rows, kept = 2 * c['micro_batch'], Kept()  # without gradients there is room for more
     with gathered(model), torch.no_grad():
         turns = [
-            envs.step(model, tokenizer, c['max_new_tokens'], c['temperature'], seed + t, engine)
+            envs.step(model, tokenizer, c['max_new_tokens'], c['temperature'], seed + t, engine, kept)
             for t in range(c['turns'])
         ]
         batch = {k: [x for turn in turns for x in turn[k]] for k in turns[0]}
@@ -259,9 +259,10 @@ def train_ppo(
     log, actions = state.get('log', []), state.get('actions', [])
     if state: schedule.load_state_dict(state['schedule'])
     else:  # some answers that are not trained on: environments in step would make the first updates unlike the rest
+        kept = Kept()
         for t in range(task.tries):
             chance = hash64(seed, 'ppo before', t) % 2**31
-            with gathered(model): envs.step(model, tokenizer, max_new_tokens, c['temperature'], chance, engine)
+            with gathered(model): envs.step(model, tokenizer, max_new_tokens, c['temperature'], chance, engine, kept)
     for update in range(state.get('done', 0), c['updates']):
         rng = seeded(seed, 'ppo update', update)
         batch = collect(model, head, tokenizer, envs, c, int(rng.integers(2**31)), engine)

@@ -9,7 +9,7 @@ __all__ = ['answer_all', 'play', 'vllm_engine', 'Environments']
 from ..core.distributed import gather_batch
 from ..core.randomness import seeded
 from ..tasks.protocol import Episode, Problem, Task, steps
-from .generation import encode, generate
+from .generation import Kept, encode, generate
 
 # %% ../../nbs/2_training/05_rollouts.ipynb #34e3608d
 def answer_all(
@@ -22,13 +22,17 @@ def answer_all(
     seed,  # seed of the samples; a list has one for each episode
     first: int = 0,  # number of episodes before these that other processes answer
     engine=None,  # function contexts -> answers (default: `generate` with the model)
+    kept: Kept | None = None,  # from the turns before, under the same weights
 ) -> tuple[list[list[int]], list[list[int]]]:
     "Answer each episode once, in one batch; returns (contexts, answers), both as token ids."
     contexts = [encode(tokenizer, e.turns) for e in episodes]
     answers = (
         engine(contexts)
         if engine
-        else generate(model, tokenizer, contexts, max_new_tokens, temperature, seed, first=first)
+        else generate(
+            model, tokenizer, contexts, max_new_tokens, temperature, seed, first=first, kept=kept,
+            names=[id(e) for e in episodes],
+        )
     )
     for e, text in zip(episodes, tokenizer.batch_decode(answers, skip_special_tokens=True)): e.answer(task, text)
     return contexts, answers
@@ -45,10 +49,10 @@ def play(
 ) -> list[Episode]:
     "Play one complete episode per problem."
     episodes = [Episode.start(task, p) for p in problems]
-    seeds, turn = [seed] * len(problems) if isinstance(seed, int) else seed, 0
+    seeds, turn, kept = [seed] * len(problems) if isinstance(seed, int) else seed, 0, Kept()
     while still := [i for i, e in enumerate(episodes) if not e.done(task)]:
         now = [seeds[i] + turn for i in still]
-        answer_all(model, tokenizer, task, [episodes[i] for i in still], max_new_tokens, temperature, now)
+        answer_all(model, tokenizer, task, [episodes[i] for i in still], max_new_tokens, temperature, now, kept=kept)
         turn += 1
     return episodes
 
@@ -113,12 +117,13 @@ class Environments:
         temperature: float,
         seed: int,  # of sampling
         engine=None,  # contexts -> answers, in place of `generate`
+        kept: Kept | None = None,  # from the turns before, under the same weights
     ) -> dict:
         """One answer in every environment: lists with an entry for each, of which `attempts` counts the wrong answers
         before this one; `solved` has an entry for each episode that ended."""
         attempts, first = [e.tried for e in self.episodes], self.numbers.start
         contexts, answers = answer_all(
-            model, tokenizer, self.task, self.episodes, max_new_tokens, temperature, seed, first, engine
+            model, tokenizer, self.task, self.episodes, max_new_tokens, temperature, seed, first, engine, kept
         )
         verdicts, dones = zip(*((e.verdicts[-1], e.done(self.task)) for e in self.episodes))
         solved = [e.solved for e, done in zip(self.episodes, dones) if done]
