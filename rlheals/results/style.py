@@ -209,6 +209,7 @@ def save(
     path_stem,  # the path without suffix
     provenance: dict,  # what the numbers come from; anything JSON can hold
     dpi: int = 160,
+    mark: str = '',  # words below the picture
 ):
     """Write `.png`, `.svg`, `.csv` and `.json`, each complete or not at all; the same input gives the same bytes.
 
@@ -217,8 +218,10 @@ def save(
     stem = Path(path_stem)
     def path(suffix): return stem.with_name(f'{stem.name}.{suffix}')
     with plt.rc_context(STYLE):
-        with complete(path('png')) as tmp: fig.savefig(tmp, dpi=dpi, metadata=dict(Software=None))
-        with complete(path('svg')) as tmp: fig.savefig(tmp, metadata=dict(Date=None, Creator=None))
+        if mark: fig.text(.005, -.005, mark, va='top', size=6, style='italic', color='#777777')
+        room = dict(bbox_inches='tight', pad_inches=.02) if mark else {}  # below the picture
+        with complete(path('png')) as tmp: fig.savefig(tmp, dpi=dpi, metadata=dict(Software=None), **room)
+        with complete(path('svg')) as tmp: fig.savefig(tmp, metadata=dict(Date=None, Creator=None), **room)
     with complete(path('csv')) as tmp: data.to_csv(tmp, index=False, float_format='%.6g', lineterminator='\n')
     record = provenance | dict(outputs=record_outputs(path(s) for s in ('png', 'svg', 'csv')))
     with complete(path('json')) as tmp: tmp.write_text(json.dumps(record, indent=1, sort_keys=True) + '\n')

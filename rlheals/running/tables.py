@@ -14,6 +14,7 @@ from pathlib import Path
 from ..core.files import complete, damaged_outputs, digest
 from ..core.environment import PAPER
 from ..tasks.protocol import TASKS
+from ..training.settings import MARKS
 from ..training.runs import Run
 from ..analysis.evaluation import evaluation_parts
 from ..beyond.conditions import conditions_of
@@ -236,5 +237,5 @@ def draw_figure(
     what = run, figure, seeds, tasks if figure in ACROSS else ()
     picture, data = draw(figure, figure_tables(*what))
     stem = figures_dir(run, figure)/figure
-    save(picture, data, stem, provenance(run, figure_inputs(*what), shown(*what)))
+    save(picture, data, stem, provenance(run, figure_inputs(*what), shown(*what)), mark=MARKS.get(run.profile, ''))
     return stem.with_suffix('.png'), data

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODEL_NAMES', 'ENGINES', 'DTYPES', 'SCHEDULES', 'SHARDINGS', 'EDITS', 'CONDITION_NAMES', 'SETTINGS', 'TINY',
-           'OF_TASK', 'PROFILES', 'PAPERS', 'SHORT', 'TRIES', 'Rule', 'between', 'above', 'at_least', 'choice',
+           'OF_TASK', 'PROFILES', 'MARKS', 'PAPERS', 'SHORT', 'TRIES', 'Rule', 'between', 'above', 'at_least', 'choice',
            'some_of', 'each', 'matching', 'Setting', 'paper_values', 'settings_for']
 
 # %% ../../nbs/2_training/06_settings.ipynb #f74e9fbd
@@ -353,6 +353,21 @@ PROFILES = dict(  # name -> changes of `TINY`
         warning=dict(prompts=8),
         explorer=dict(problems=2),
     ),
+)
+
+# %% ../../nbs/2_training/06_settings.ipynb #6fcb5be2
+PROFILES['quick'] = dict(
+    rl=dict(starts=[64, 192, 640], updates=10),
+    grpo=dict(updates=10),
+    eval=dict(episodes=78),
+    surgery=dict(ranks=[0.5, 1.0], blocks=2),
+    drift=dict(prompts=48, permutations=100),
+    baselines=dict(starts=[192], rounds=2),
+    conditions=dict(starts=[192]),
+)
+MARKS = dict(  # profile -> what is written below its figures
+    smoke='smoke: a few steps that show that everything runs, and nothing else',
+    quick='quick: fewer starts, updates, edits and episodes than the default run',
 )
 
 # %% ../../nbs/2_training/06_settings.ipynb #5515f7ca
