@@ -59,7 +59,7 @@ def this_device() -> tuple[Device, int]:
 
 # %% ../../nbs/6_running/04_duration.ipynb #c3e18d20
 SVD = .15, .001  # share of a device's operations reached in singular value decompositions: on a CPU, on a GPU
-LAUNCH = 4e-4  # seconds to launch a layer's kernels on a GPU
+LAUNCH = 1e-3, 4e-4  # seconds to launch a layer's kernels for a token: on a CPU, on a GPU
 ELEMENTWISE = 50  # on a CPU, work on single elements takes as long as this many more columns of each weight matrix
 
 # %% ../../nbs/6_running/04_duration.ipynb #1b04db5d
@@ -79,8 +79,13 @@ class Costs:
         self.new = min(c['model']['max_new_tokens'], 2 * self.lengths.answer)  # tokens of an answer
         self.tries = c['task'].get('tries', 1)
         self.pair = self.lengths.prompt + self.lengths.answer
-        # tokens before an answer, on average over the tries
-        self.context = self.lengths.prompt + (self.tries - 1) / 2 * (self.new + self.lengths.followup)
+        # share of the conversations that are still open at each try, if half of the answers are right
+        self.open = [.5**k for k in range(self.tries)]
+        again, n = sum(self.open[1:]), self.lengths
+        before = sum(k * p for k, p in enumerate(self.open)) / sum(self.open)  # answers before an answer, on average
+        self.context = n.prompt + before * (n.answer + n.followup)  # tokens before an answer
+        # of which the model still has to read, if keys and values are kept from try to try
+        self.unread = (n.prompt - n.shared + again * n.followup) / (1 + again)
 
     def score(
         self,
@@ -99,18 +104,19 @@ class Costs:
     def sample(
         self,
         rows: int,  # number of answers sampled side by side
+        read: float,  # number of tokens that go through the model before each of them
         devices: int = 1,  # number of devices that share them
     ) -> float:
         "Seconds of sampling an answer in each of several conversations."
         c, s, P = self.config, self.shape, self.shape.parameters
         width = 2 if 'bfloat16' in (c['scale']['precision'], c['model']['dtype']) else 4
         step = max(P * width / self.device.bandwidth, -(-rows // devices) * 2 * P / self.rate)
-        if self.gpu and c['rl']['engine'] != 'vllm': step += s.layers * LAUNCH
-        return rows * (self.context - self.lengths.shared) * 2 * P / self.rate / self.devices + self.new * step
+        if not self.gpu or c['rl']['engine'] != 'vllm': step += s.layers * LAUNCH[self.gpu]
+        return self.score(rows * read) + self.new * step
 
     def evaluate(self) -> float:
-        "Seconds of evaluating a checkpoint on both splits, if every problem takes all tries."
-        return self.tries * self.sample(2 * self.config['eval']['episodes'])
+        "Seconds of evaluating a checkpoint on both splits."
+        return sum(self.sample(-(-2 * self.config['eval']['episodes'] * p // 1), self.unread) for p in self.open)
 
     def decompose(
         self,
@@ -137,16 +143,19 @@ def _sft(k, job):
 def _rl(k, job):
     c = k.config['rl']
     answers = c['updates'] * c['envs'] * c['turns']
-    sampling = c['updates'] * c['turns'] * k.sample(c['envs'], k.devices)
-    scoring = answers * (k.context + k.new) * (1 + c['log_kl'])  # under the policy, and under its start
-    return sampling + k.score(scoring) + k.train(answers * c['epochs'] * (k.context - k.lengths.shared + k.new))
+    # the first turn of an update reads the whole conversation under its new weights
+    read = (k.context - k.lengths.shared + (c['turns'] - 1) * k.unread) / c['turns']
+    sampling = c['updates'] * c['turns'] * k.sample(c['envs'], read, k.devices)
+    scoring = answers * (k.context + k.lengths.answer) * 1.25  # under the policy, and a quarter of them under its start
+    trained = answers * c['epochs'] * (k.context - k.lengths.shared + k.lengths.answer)
+    return sampling + k.score(scoring) + k.train(trained)
 
 # %% ../../nbs/6_running/04_duration.ipynb #a17353c3
 @_cost
 def _grpo(k, job):
     c = k.config['grpo']
     answers, length = c['updates'] * c['responses'], k.lengths.prompt + k.new
-    sampling = c['updates'] * (k.sample(c['responses'], k.devices) + k.score(c['responses'] * k.lengths.shared))
+    sampling = c['updates'] * k.sample(c['responses'], k.lengths.prompt, k.devices)
     return sampling + k.score(answers * length) + k.train(answers * c['epochs'] * length)
 
 # %% ../../nbs/6_running/04_duration.ipynb #317ce804
@@ -158,7 +167,8 @@ def _evaluate(k, job):
 def _baselines(k, job):
     spent, rl = budget(k.config['rl']), k.config['rl']
     training = k.train(spent['steps'] * rl['minibatch'] * k.pair)
-    seconds = dict(further_sft=training, rejection=training + spent['turns'] * k.sample(rl['envs']), interpolation=0)
+    sampling = spent['turns'] * k.sample(rl['envs'], k.unread)
+    seconds = dict(further_sft=training, rejection=training + sampling, interpolation=0)
     return sum(seconds[method] + k.evaluate() for method, start in baseline_plan(k.run))
 
 # %% ../../nbs/6_running/04_duration.ipynb #a550a5b0
@@ -181,7 +191,7 @@ def _preserve(k, job): return _sft(k, job) + len(k.config['preserve']['checkpoin
 @_cost
 def _explorer(k, job):
     n = len(k.config['sft']['checkpoints']) + len(k.config['rl']['starts'])
-    return k.decompose(2 * n) + n * 2 * k.tries * k.sample(k.config['explorer']['problems'])
+    return k.decompose(2 * n) + n * 2 * k.tries * k.sample(k.config['explorer']['problems'], k.unread)
 
 # %% ../../nbs/6_running/04_duration.ipynb #b7ff6cf8
 @_cost

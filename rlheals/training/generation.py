@@ -243,7 +243,8 @@ def _prefill(model, tokenizer, contexts, known):
         parts.append(_read(model, tokenizer, [contexts[i][n:] for i in some], cache, mask))
         order += some
     if again:
-        cache, mask = _joined(model, [(known[i], torch.ones(1, known[i][0].written, dtype=torch.long, device=model.device)) for i in again], n)
+        ones = lambda tokens: torch.ones(1, tokens, dtype=torch.long, device=model.device)
+        cache, mask = _joined(model, [(known[i], ones(known[i][0].written)) for i in again], n)
         rest = [contexts[i][known[i][0].written:] for i in again]
         parts.append(_read(model, tokenizer, rest, cache, mask))
         order += again
