@@ -17,7 +17,7 @@ from .command_line import app, fail, parse_tasks
 def reproduce(
     profile: Annotated[
         str,
-        typer.Option(help='What to run: tiny (all figures), quick (a third of it), smoke (shows that the chain runs).'),
+        typer.Option(help='What to run: tiny (all figures), quick (in a third of the time) or smoke (a test).'),
     ] = 'tiny',
     jobs: Annotated[
         int, typer.Option(help='Jobs side by side (0: one per core), or in the queue at a time (0: 100).', min=0)
