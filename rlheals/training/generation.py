@@ -173,9 +173,10 @@ def generate(
     known, new = [kept.layers(name, c) if kept else [] for name, c in zip(names or contexts, contexts)], {}
     if kept: kept.rows = {}  # what does not go on is not needed any more
     def part(rows):
-        keep = kept and attends_to_all(model) and _bytes(model, [contexts[i] for i in rows], max_new_tokens) <= kept.most
+        these = [contexts[i] for i in rows]
+        keep = kept and attends_to_all(model) and _bytes(model, these, max_new_tokens) <= kept.most
         keep_row = (lambda k, tokens, layers: new.update({names[rows[k]]: (tokens, layers)})) if keep else None
-        given = [contexts[i] for i in rows], max_new_tokens, temperature, chance[rows].to(model.device)
+        given = these, max_new_tokens, temperature, chance[rows].to(model.device)
         return dict(zip(rows, _generate(model, tokenizer, *given, [known[i] for i in rows], keep_row)))
 
     with torch.inference_mode(), computing(model):
