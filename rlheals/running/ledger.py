@@ -72,7 +72,7 @@ def check_ledger(
     Raises `ValueError` if the settings do not allow a ledger, or with the command that makes missing tables."""
     if 0 < seeds < SEEDS:
         raise ValueError(
-            f'--seeds must be at least {SEEDS}, seed 0 for selection and three to be judged, got {seeds}'
+            f'--seeds must be at least {SEEDS} (seed 0 for selection, three to be judged) or 0 for all, got {seeds}'
         )
     for r in variants(run, 1, tasks):
         if lack := judgeable(r): raise ValueError(f'the ledger cannot be made from this run: {lack}')
