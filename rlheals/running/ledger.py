@@ -83,8 +83,8 @@ def check_ledger(
     for t, n in out.items():
         if gone := [p for p in claim_inputs(run, n, [t]) if not p.exists()]:
             raise ValueError(
-                f'for a verdict on {t} from {n} seeds (0 for selection, the others judged) {len(gone)} tables are '
-                f'missing, like {gone[0]}: make them with\n  {command(run, [t], n)}\nor add --run'
+                f'{len(gone)} of the tables for a verdict on {t} from {n} seeds (0 for selection, the others judged) '
+                f'are missing, like {gone[0]}: make them with\n  {command(run, [t], n)}\nor add --run'
             )
     return out
 

@@ -120,7 +120,7 @@ SETTINGS = [  # setting, and what the message must say beside its name
     ('cluster.other_hours=NaN', 'above 0'),
     ('model.name=model.gguf', 'a .gguf file'),
     ('task.style=haiku', 'style'),
-    ('task.name=rank', 'use --task rank'),
+    ('task.name=rank', 'with --task rank'),
     ('base.steps=100', 'model.name=anew'),
     ('model.name=my model', 'a .gguf file, a name on the hub'),
     ('model.name=/no/such/place', 'a .gguf file, a name on the hub'),
