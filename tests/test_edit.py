@@ -108,8 +108,8 @@ def test_a_sweep_goes_on_where_it_stopped(pair, tmp_path):
     assert not (tmp_path/'out'/'checkpoint').exists() and 'target comes to' in undone(t)
 
 @pytest.mark.parametrize('words, why', [
-    (['--layers', '9'], 'no layer 9'), (['--layers', 'x'], '0-7'), (['--take', 'all'], 'take is one of'),
-    (['--top', '0'], 'above 0'), (['--kinds', 'nope'], 'has no nope'), (['--undo'], 'go together'),
+    (['--layers', '9'], 'no layer 9'), (['--layers', 'x'], '0-7'), (['--take', 'all'], 'take must be one of'),
+    (['--top', '0'], 'above 0'), (['--kinds', 'nope'], 'has no nope'), (['--undo'], 'given together'),
     (['--undo', '--evaluate', 'echo 1'], 'checkpoint'), (['--dtype', 'int8'], 'float32 or float64')])
 def test_bad_input_is_said_in_one_line(words, why, tmp_path):
     done = subprocess.run([sys.executable, '-m', 'rlheals.running.cli', 'edit', 'tiny', '--donor', 'tiny', '--out',

@@ -121,7 +121,7 @@ def test_missing_packages_are_named_in_one_line(monkeypatch, tmp_path):
 def test_a_directory_with_other_files_is_left_alone(tmp_path):
     (tmp_path/'letter.txt').touch()
     done = docs(tmp_path)
-    assert done.exit_code == 1 and 'name another directory' in done.output and (tmp_path/'letter.txt').exists()
+    assert done.exit_code == 1 and 'choose another directory' in done.output and (tmp_path/'letter.txt').exists()
 
 
 def sources(path):

@@ -82,7 +82,7 @@ def test_jobs_on_this_machine_are_not_limited_by_it(home):
 @pytest.mark.parametrize(
     'words, says',
     [
-        (['--executor', 'slrum'], 'use local or slurm'),
+        (['--executor', 'slrum'], 'must be local or slurm'),
         (['--executor', 'slurm', '--set', 'cluster.rl_gpus=-1'], 'must be at least 0'),
         (['--executor', 'slurm', '--set', 'cluster.rl_hours=0'], 'above 0'),
         (['--executor', 'slurm', '--set', 'cluster.rl_memory=much'], 'must be a number'),
@@ -301,6 +301,6 @@ def test_a_partition_that_is_not_there(slurm, tmp_path):
     _, error = process.communicate()
     assert (
         process.returncode == 2
-        and 'is no partition of this cluster: use one of' in error
+        and 'cluster.partition must be one of' in error
         and not (tmp_path / 'runs').exists()
     )

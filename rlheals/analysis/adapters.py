@@ -31,12 +31,12 @@ def base_of(
 ):
     "The base of an adapter; `ValueError` if its configuration names none, or one that cannot be found."
     if isinstance(checkpoint, Adapter): return checkpoint.base
-    path, remedy = locate(checkpoint), "write its path or its name on the hub there, as base_model_name_or_path"
+    path, remedy = locate(checkpoint), "set base_model_name_or_path there to its path or its name on the hub"
     name = read_json(path/'adapter_config.json').get('base_model_name_or_path')
-    if not name or not str(name).strip(): raise ValueError(f"{str(path/'adapter_config.json')!r} names no base of the "
-                                                           f"adapter: {remedy}")
+    if not name or not str(name).strip(): raise ValueError(f"{str(path/'adapter_config.json')!r} names no base "
+                                                           f"model: {remedy}")
     try: base = locate(name)
-    except ValueError as e: raise ValueError(f"the base that {str(path/'adapter_config.json')!r} names is not at hand "
+    except ValueError as e: raise ValueError(f"the base that {str(path/'adapter_config.json')!r} names is not found "
                                              f"({e}): {remedy}") from e
     if base.is_dir() and not any((base/f).is_file() for f in ('config.json', 'adapter_config.json',
                                                               'model.safetensors')):
@@ -83,16 +83,16 @@ def _with_adapter(model, path):
             have = get_peft_model_state_dict(wrapped)
     except Exception as e:  # peft, torch and safetensors each raise their own classes
         why = ' '.join(str(e).split())[:300] or type(e).__name__
-        raise ValueError(f'peft cannot put the adapter {str(path)!r} on its base: give its own base, or save the '
-                         f'adapter again [{why}]') from e
+        raise ValueError(f'peft cannot load the adapter {str(path)!r} on its base: give the base it was trained on, '
+                         f'or save the adapter again [{why}]') from e
     lost = sorted(n for n, t in tensors.items() if n not in have and not n.endswith('base_layer.weight'))
     lost += sorted(n for n in have if n not in tensors and not n.endswith('base_layer.weight') and 'embed' not in n
                    and 'lm_head' not in n)
-    if lost: raise ValueError(f'{len(lost)} tensors of the adapter {str(path)!r} have no place, or are missing, like '
-                              f'{lost[0]}: give its own base, or save the adapter again with peft')
+    if lost: raise ValueError(f'{len(lost)} tensors of the adapter {str(path)!r} are missing or do not fit its base, '
+                              f'like {lost[0]}: give the base it was trained on, or save the adapter again with peft')
     wrong = [n for n, t in tensors.items() if n in have and not _alike(have[n], t)]
-    if wrong: raise ValueError(f'{wrong[0]} of the adapter {str(path)!r} is not what peft has loaded: save the adapter '
-                               'again with this version of peft')
+    if wrong: raise ValueError(f'peft has loaded other values of {wrong[0]} than the adapter {str(path)!r} stores: '
+                               'save the adapter again with this version of peft')
     if not hasattr(wrapped, 'merge_and_unload'):
         raise ValueError(f'the adapter {str(path)!r} ({wrapped.peft_type}) does not change weights, so it cannot be '
                          'merged: compare adapters that do, like LoRA')
@@ -130,7 +130,7 @@ def open_tokenizer(checkpoint):
     place, source = (path.parent, dict(gguf_file=path.name)) if is_gguf(path) else (path, {})
     try: tok = AutoTokenizer.from_pretrained(place, padding_side='left', trust_remote_code=False, **source)
     except Exception as e:  # transformers and tokenizers each raise their own classes
-        raise ValueError(f'the tokenizer of {str(checkpoint)!r} cannot be read: copy its files anew from the base '
+        raise ValueError(f'the tokenizer of {str(checkpoint)!r} cannot be read: copy its files again from the base '
                          f'model [{" ".join(str(e).split())[:200]}]') from e
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token
     return tok

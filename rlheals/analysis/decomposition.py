@@ -60,9 +60,8 @@ def _slow_svd(W):  # QR iteration, then both algorithms in float64
         except (scipy.linalg.LinAlgError, ValueError) as e:
             why = e
     raise ValueError(
-        f'a matrix of {tuple(W.shape)} has no singular value decomposition that converges ({why}): its entries reach '
-        'from '
-        f'{W.abs().min():.3g} to {W.abs().max():.3g}; leave its kind out'
+        f'the singular value decomposition of a matrix of shape {tuple(W.shape)} does not converge ({why}): the '
+        f'absolute values of its entries range from {W.abs().min():.3g} to {W.abs().max():.3g}; leave out its kind'
     )
 
 # %% ../../nbs/3_analysis/06_decomposition.ipynb #9ee8766c
@@ -197,5 +196,5 @@ def rank_of_share(
     rank: int,  # full rank of the matrix
 ) -> int:
     "The number of leading directions that a share of the full rank amounts to."
-    if not 0 <= share <= 1: raise ValueError(f'a share of the rank lies between 0 and 1, not {share}')
+    if not 0 <= share <= 1: raise ValueError(f'a share of the rank must be between 0 and 1, got {share}')
     return round(share * rank)

@@ -31,7 +31,8 @@ def chosen(
     import torch
     if min(k_top, k_tail, k_middle) < 0 or k_top + k_tail + k_middle > r:
         raise ValueError(
-            f'k_top={k_top}, k_tail={k_tail} and k_middle={k_middle} must add up to 0 to {r}, the full rank'
+            f'k_top={k_top}, k_tail={k_tail} and k_middle={k_middle} must be at least 0 and add up to at most {r}, '
+            'the full rank'
         )
     i, start = torch.arange(r), k_top + (r - k_top - k_tail - k_middle) // 2
     return (i < k_top) | (i >= r - k_tail) | ((i >= start) & (i < start + k_middle))
@@ -50,7 +51,7 @@ def splice(
     """The target's matrix with the donor's singular directions, values or both at the chosen indices (the paper's
     restoration)."""
     import torch
-    if take not in TAKES: raise ValueError(f'take is one of {", ".join(TAKES)}, not {take!r}')
+    if take not in TAKES: raise ValueError(f'take must be one of {", ".join(TAKES)}, got {take!r}')
     (Ud, Sd, Vd), (Ut, St, Vt) = donor, target
     swap = chosen(len(St), k_top, k_tail, k_middle).to(St.device)
     U, V = (Ut, Vt) if take == 'values' else (torch.where(swap, Ud, Ut), torch.where(swap[:, None], Vd, Vt))
@@ -76,8 +77,8 @@ def splices(
 ):
     "Yield `splice(donor, target, k)` for each k, as one tensor that is changed in place from each to the next."
     import torch
-    if list(ks) != sorted(ks): raise ValueError(f'ks={list(ks)} must ascend: each matrix is made from the one before')
-    if take not in TAKES: raise ValueError(f'take is one of {", ".join(TAKES)}, not {take!r}')
+    if list(ks) != sorted(ks): raise ValueError(f'ks must be in ascending order, got {list(ks)}')
+    if take not in TAKES: raise ValueError(f'take must be one of {", ".join(TAKES)}, got {take!r}')
     (Ud, Sd, Vd), (Ut, St, Vt) = donor, target
     if ks: chosen(len(St), ks[-1])
     U, V, S = Ut if take == 'values' else Ud, Vt if take == 'values' else Vd, St if take == 'directions' else Sd
@@ -164,8 +165,8 @@ def edit_matrix(
     """Edit one matrix. `interpolation` moves by k / r towards the donor, `matched` as far as `directions` would with
     the same k, `whole` all the way for any k above 0."""
     if edit not in EDITS: raise ValueError(f'there is no edit {edit!r}: use one of {", ".join(EDITS)}')
-    if where not in PLACES: raise ValueError(f'where is one of {", ".join(PLACES)}, not {where!r}')
-    if edit == 'random' and where != 'top': raise ValueError(f"'random' turns the top directions only, not the {where}")
+    if where not in PLACES: raise ValueError(f'where must be one of {", ".join(PLACES)}, got {where!r}')
+    if edit == 'random' and where != 'top': raise ValueError(f"where must be 'top' for edit 'random', got {where!r}")
     ks = dict(k_top=0) | {f'k_{where}': k}
     if edit == 'whole': return reconstruct(donor if k else target)
     if edit in TAKES: return splice(donor, target, take=edit, **ks)

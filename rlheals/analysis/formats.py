@@ -40,15 +40,15 @@ def parts(
     if kind == 'gate_up_proj': sizes = dict(gate_proj=shape[0] // 2, up_proj=shape[0] // 2)
     else:
         heads = config.get('num_attention_heads')
-        if not heads: raise ValueError(f'{name!r} holds queries, keys and values, but how many heads they have is not '
-                                       'known: config.json with num_attention_heads must lie beside the weights')
+        if not heads: raise ValueError(f'{name!r} holds queries, keys and values, but their number of heads is not '
+                                       'known: put a config.json with num_attention_heads beside the weights')
         kv = config.get('num_key_value_heads') or heads
         size = config.get('head_dim') or config['hidden_size'] // heads
         sizes = dict(q_proj=heads * size, k_proj=kv * size, v_proj=kv * size)
-    if sum(sizes.values()) != shape[0]: raise ValueError(f'{name!r} has {shape[0]} rows, but '
-                                                         f'{" + ".join(f"{n} of {k}" for k, n in sizes.items())} by '
-                                                         'its configuration: weights and config.json are of different '
-                                                         'models')
+    if sum(sizes.values()) != shape[0]: raise ValueError(f'{name!r} has {shape[0]} rows, but should have '
+                                                         f'{" + ".join(f"{n} for {k}" for k, n in sizes.items())} '
+                                                         'according to config.json: give the weights and the '
+                                                         'config.json of the same model')
     out, at = [], 0
     for k, n in sizes.items(): out.append(Part(name.replace(f'.{kind}.', f'.{k}.'), layer, k, (at, at + n))); at += n
     return out
@@ -61,15 +61,15 @@ def locate(
     checkpoint = find_model(getattr(checkpoint, 'path', checkpoint))
     if (path := Path(checkpoint)).exists():
         if path.is_dir() or path.suffix == '.gguf': return _at_hand(path)
-        raise ValueError(f'{str(path)!r} is neither a directory nor a .gguf file: give the directory that it lies in')
+        raise ValueError(f'{str(path)!r} is neither a directory nor a .gguf file: give the directory that contains it')
     if re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', str(checkpoint)):
         from huggingface_hub import snapshot_download
         try: return Path(snapshot_download(str(checkpoint), allow_patterns=['*.safetensors', '*.json', '*.txt',
                 '*.model']))
         except Exception as e:  # offline, no such name, no permission: each has its own class
             why = str(e).splitlines()[0] if str(e) else type(e).__name__
-            raise ValueError(f'{str(checkpoint)!r} is no directory here and cannot be had from the hub ({why}): '
-                             'check the path, or the name and the network') from e
+            raise ValueError(f'{str(checkpoint)!r} is not a directory here and cannot be downloaded from the hub '
+                             f'({why}): check the path, or the name and the network') from e
     raise ValueError(f"there is no checkpoint {str(checkpoint)!r}: give 'tiny', a directory with model.safetensors or "
                      'adapter_config.json, a .gguf file, or a name on the Hugging Face hub')
 
@@ -91,13 +91,13 @@ def _at_hand(path):  # the path, after checking that its files are what their na
 # %% ../../nbs/3_analysis/03_formats.ipynb #576bd83c
 def check_parts(path, n):
     raise ValueError(f'{str(path)!r} is one of {n} files of a split GGUF model: join them with '
-                     '`llama-gguf-split --merge FIRST.gguf WHOLE.gguf` of llama.cpp, and give the whole')
+                     '`llama-gguf-split --merge FIRST.gguf WHOLE.gguf` of llama.cpp, and give WHOLE.gguf')
 def read_json(file):
     try: found = json.loads(file.read_text())
-    except (OSError, ValueError) as e: raise ValueError(f'{str(file)!r} cannot be read as JSON ({e}): copy it anew '
+    except (OSError, ValueError) as e: raise ValueError(f'{str(file)!r} cannot be read as JSON ({e}): copy it again '
                                                         'from its source') from e
-    if not isinstance(found, dict): raise ValueError(f'{str(file)!r} holds no settings by name: copy it anew from its '
-                                                     'source')
+    if not isinstance(found, dict): raise ValueError(f'{str(file)!r} does not hold a JSON object: copy it again from '
+                                                     'its source')
     return found
 
 # %% ../../nbs/3_analysis/03_formats.ipynb #acfbea89
@@ -141,7 +141,7 @@ def from_safetensors(files):
                 for n in f.keys():
                     shape, dtype = tuple(f.get_slice(n).get_shape()), f.get_slice(n).get_dtype()
                     out[n] = Stored(shape, reader(file, n, shape), FLOATS.get(dtype, dtype))
-        except SafetensorError as e: raise ValueError(f'{str(file)!r} cannot be read as safetensors ({e}): write this '
+        except SafetensorError as e: raise ValueError(f'{str(file)!r} cannot be read as safetensors ({e}): save this '
                                                       'checkpoint again') from e
     return out
 

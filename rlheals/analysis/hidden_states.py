@@ -104,7 +104,8 @@ def mmd(
 
     if X.shape != Y.shape:
         raise ValueError(
-            f'states of {tuple(X.shape)} and {tuple(Y.shape)}: give those of the same prompts in spaces of one size'
+            f'the hidden states have shapes {tuple(X.shape)} and {tuple(Y.shape)}: give states of the same prompts and '
+            'of equal width'
         )
     if _still(X) or _still(Y): return float('nan'), float('nan')
     if alike(X, Y): return 0., 1.
@@ -144,7 +145,7 @@ def drift_tables(
     layers, n = first.states.shape[:2]
     if wrong := [k for k, s in seen.items() if s.states.shape != first.states.shape]:
         raise ValueError(
-            f'{wrong[0]!r} has states of another shape: compare checkpoints of one model on the same prompts'
+            f'the states of {wrong[0]!r} have another shape: compare checkpoints of the same model on the same prompts'
         )
     states, distances, tokens = [], [], []
     for layer in range(layers):

@@ -21,7 +21,7 @@ def principal_angles(
 
     if A.shape[0] != B.shape[0]:
         raise ValueError(
-            f'bases of {tuple(A.shape)} and {tuple(B.shape)} lie in spaces of different size: they need as many rows'
+            f'the bases have shapes {tuple(A.shape)} and {tuple(B.shape)}: they must have the same number of rows'
         )
     if A.shape[1] < B.shape[1]: A, B = B, A
     M = A.T @ B
@@ -108,7 +108,7 @@ def rotation_split(
     outside (the paper's analysis of the weights)."""
     if W.shape != W_new.shape:
         raise ValueError(
-            f'the matrices are {tuple(W.shape)} and {tuple(W_new.shape)}: an update needs two of one shape'
+            f'the matrices have shapes {tuple(W.shape)} and {tuple(W_new.shape)}: an update needs two of the same shape'
         )
     U, _, Vt = basis or svd(W, dtype)
     dW = W_new.to(U.dtype) - W.to(U.dtype)

@@ -183,7 +183,7 @@ def surgery_ends(
     if sweep == 'impose': return run.checkpoint('sft', end), run.checkpoint('rl', end)
     if sweep == 'seed' and run.seed == run.first_seed:
         raise ValueError(
-            f'a donor from another seed needs a seed before this one: seed {run.seed} has none, run seed {run.seed + 1}'
+            f'the donor of another seed is the previous seed, and seed {run.seed} has none: use seed {run.seed + 1}'
         )
     return best(replace(run, seed=run.seed - 1) if sweep == 'seed' else run), run.checkpoint('sft', end)
 

@@ -44,15 +44,15 @@ def _adapter(checkpoint, path, base):
     if not plain: return _merged(str(path), str(base), file.stat().st_mtime_ns)
     for name in sorted(known):
         if name not in tensors: raise ValueError(f'the adapter {str(path)!r} changes {name!r}, which its base does not '
-                                                 'have: give its own base')
+                                                 'have: give the base it was trained on')
         A, B = (thin.get(name.replace('.weight', f'.lora_{x}.weight')) for x in 'AB')
         if not A or not B: raise ValueError(f'{str(file)!r} has only one of the two matrices of {name!r}: save the '
                                             'adapter again with peft')
         want = (c['r'], tensors[name].shape[1]), (tensors[name].shape[0], c['r'])
         if (A.shape, B.shape) != want:
-            raise ValueError(f'the matrices of {name!r} in {str(file)!r} are {A.shape} and {B.shape}, but its base and '
-                             'adapter_config.json '
-                             f'need {want[0]} and {want[1]}: give its own base, or save the adapter again with peft')
+            raise ValueError(f'the matrices of {name!r} in {str(file)!r} have shapes {A.shape} and {B.shape}, but its '
+                             f'base and adapter_config.json need {want[0]} and {want[1]}: give the base it was trained '
+                             'on, or save the adapter again with peft')
         tensors = tensors | {name: _added(tensors[name], A, B,
                                           c['lora_alpha'] / (c['r']**.5 if c.get('use_rslora') else c['r']))}
     return tensors, config
@@ -81,8 +81,8 @@ def _gguf(path, changed):
     if (count := reader.get_field('split.count')) and int(count.contents()) > 1:
         check_parts(path, int(count.contents()))
     try: config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-    except Exception as e: raise ValueError(f'{str(path)!r} cannot be read as GGUF ({e}): transformers must know its '
-                                            'architecture') from e
+    except Exception as e: raise ValueError(f'{str(path)!r} cannot be read as GGUF ({e}): give a model whose '
+                                            'architecture transformers supports') from e
     with torch.device('meta'): model = AutoModelForCausalLM.from_config(config)
     processor = TENSOR_PROCESSORS.get(config.model_type,
                                       # undoes the format's permutation of
@@ -183,7 +183,7 @@ def check_same(
         for name in want | have:
             a, b = want.get(name), have.get(name)
             if a != b: raise ValueError(f"{name!r} is {a or 'missing'} in {str(first)!r} but {b or 'missing'} in "
-                                        f"{str(label)!r}: compare checkpoints of one model")
+                                        f"{str(label)!r}: compare checkpoints of the same model")
 
 # %% ../../nbs/3_analysis/05_weights.ipynb #5ebfbcde
 def catalogues(
@@ -242,13 +242,11 @@ def check_loaded(
         if (at := _placed(m.tensor, loaded)) is None: unused.append(m.name); continue
         W, stored = loaded[at].detach().cpu().float()[slice(*m.rows)], read(m)
         if W.shape != stored.shape or (W - stored).norm() > 1e-5 * stored.norm():
-            raise ValueError(f'{m.name!r} in {m.source!r} is not what the loaded model computes with: the two readings '
-                             'of this checkpoint differ; '
-                             'save the model that transformers loads (merged, if it is an adapter) with '
-                             'save_pretrained, and give that')
+            raise ValueError(f'{m.name!r} in {m.source!r} differs from the weight that transformers loads: save the '
+                             'loaded model (merged, if it is an adapter) with save_pretrained, and give that')
     if found and len(unused) == len(found):
         raise ValueError(f'the loaded model has none of the matrices of {m.source!r}, like {m.name!r}: its config.json '
-                         'is of another model; give its own')
+                         'belongs to another model; give the right one')
     return unused
 
 # %% ../../nbs/3_analysis/05_weights.ipynb #75cf3efe
@@ -266,13 +264,13 @@ def put(
     stored = stored_weights(model)
     if lost := next((n for n, W in edited.items() if _placed(n, stored) is None
                      or stored[_placed(n, stored)].shape != W.shape), None):
-        raise ValueError(f'the model has no place for {lost!r} of {tuple(edited[lost].shape)}: edit what '
-                         '`check_loaded` finds in it')
+        raise ValueError(f'the model has no matrix {lost!r} of shape {tuple(edited[lost].shape)}: edit only matrices '
+                         'that `check_loaded` finds in it')
     whole = stored | {_placed(n, stored): W for n, W in edited.items()}
     new = type(model).from_pretrained(None, config=model.config,
                                       state_dict={n: W.detach().cpu() for n, W in whole.items()}, dtype=model.dtype)
     model.load_state_dict(new.state_dict())
     now = stored_weights(model)
     for n, W in edited.items():
-        if not torch.equal(now[_placed(n, now)].cpu(), W.cpu()): raise ValueError(f'the edit of {n!r} does not arrive '
-                'in the model: it keeps this weight in another form')
+        if not torch.equal(now[_placed(n, now)].cpu(), W.cpu()): raise ValueError(f'the edit of {n!r} has no '
+                'effect on the model, which stores this weight in another form: leave out this matrix')

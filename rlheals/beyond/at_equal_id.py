@@ -71,7 +71,7 @@ def _episodes(table, steps):  # (seed, split) -> (checkpoints, episodes)
 # anew
 def _curves(sft, preserved, draws):
     if sft['task'].nunique() > 1:
-        raise ValueError(f"the tables hold the tasks {', '.join(sft['task'].unique())}: give those of one")
+        raise ValueError(f"the tables hold the tasks {', '.join(sft['task'].unique())}: give the rows of one task")
     steps = sorted({0} | set(preserved.checkpoint))
     plain, out = _episodes(sft[sft.stage == 'sft'], steps), {}
     for method, table in [('sft', None), *preserved.groupby('method', sort=False)]:
@@ -80,8 +80,8 @@ def _curves(sft, preserved, draws):
             if table is not None: x = np.concatenate([plain[seed, split][:1], x[1:]])
             if np.isnan(x).any():
                 raise ValueError(
-                    f'{method}, seed {seed}, {split} lacks episodes of some checkpoints of {steps}: plain SFT and '
-                    'every method must have been evaluated on the same problems and steps'
+                    f'{method}, seed {seed}, {split} lacks episodes of some of the checkpoints {steps}: evaluate plain '
+                    'SFT and every method on the same problems and steps'
                 )
             n = x.shape[1]
             # the same for all methods
@@ -207,7 +207,7 @@ def preserve_tests(
     return pairs
 
 # %% ../../nbs/5_beyond/06_at_equal_id.ipynb #ac1ceb75
-@figure('sft_evaluation', 'preserve', name='S3', title='SFT that is held back', on_request=True)
+@figure('sft_evaluation', 'preserve', name='S3', title='Methods against forgetting during SFT', on_request=True)
 def s3(tables):
     """Left: ID and OOD accuracy along training (mean over seeds; thin: seeds; large point: the last checkpoint).
 

@@ -53,8 +53,8 @@ def results(
     if out.exists() and not out.is_dir(): raise ValueError(f'{str(out)!r} is a file: give a directory for the results')
     try:
         if out.is_dir() and (others := _foreign(out)):
-            raise ValueError(f'{str(out)!r} holds {others[0]}, which is no result of `rlheals compare`: give a new '
-                             'directory for the results')
+            raise ValueError(f'{str(out)!r} holds {others[0]}, which is not a result of `rlheals compare`: give a '
+                             'new directory for the results')
         with complete(out) as tmp:
             (tmp/'svd').mkdir(parents=True)
             for old in [out, *unfinished(out)]:
@@ -66,7 +66,7 @@ def results(
                 os.replace(out, aside := tmp.with_name(f'{tmp.name}.old'))
                 shutil.rmtree(aside, ignore_errors=True)
     except OSError as e: raise ValueError(f'the results cannot be written to {str(out)!r} ({e.strerror or e}): give '
-                                          '--out a directory where you may write, on a disk with room') from e
+                                          'as --out a writable directory, on a disk with free space') from e
 
 # %% ../../nbs/5_beyond/12_compare.ipynb #7d2c0d3f
 def _link(old, new):
@@ -93,19 +93,19 @@ def compare(
     `compare.ipynb` to a directory; decompositions are kept in its `svd/`."""
     given = dict(base=base, tuned=tuned) | (dict(donor=donor) if donor else {})
     rank_of_share(share, 1)
-    if dtype not in ('float32', 'float64'): raise ValueError(f'dtype is float32 or float64, not {dtype!r}')
-    if leading and share > LEADING: raise ValueError(f'the leading {percent(share)} of the rank alone take as long as '
-                                                     f'all of it: give a share of {LEADING} or less')
-    if donor and (weights_only or leading): raise ValueError('what a donor restores is measured on next tokens, by '
-                                                             'whole decompositions: leave out the donor, or compare '
-                                                             'the weights and states in full')
+    if dtype not in ('float32', 'float64'): raise ValueError(f'dtype must be float32 or float64, got {dtype!r}')
+    if leading and share > LEADING: raise ValueError(f'share must be at most {LEADING} if only the leading part is '
+                                                     f'decomposed (above, it saves no time), got {share:g}')
+    if donor and (weights_only or leading): raise ValueError('a donor needs next tokens and full decompositions, '
+                                                             'which --weights-only and --leading leave out: leave out '
+                                                             'the donor, or these options')
     for c in given.values(): locate(c)
     with results(out) as folder:
         given, found, notes = _prepare(given, kinds, say)
         device, tables, without = pick_device(device), {}, set()
         set_up_torch(threads, 'highest')
-        if weights_only: notes.append('Only weights were compared: what the models compute was not looked at, nor '
-                                      'whether they use every matrix.')
+        if weights_only: notes.append('Only weights were compared, not what the models compute, nor whether they '
+                                      'use every matrix.')
         else:
             tok, words = _prepare_states(given, notes, say)
             tables, states, without = _states(given, found, tok, words, prompts or PROMPTS, device, notes, say)
@@ -129,7 +129,7 @@ def _prepare(given, kinds, say):  # checkpoints with adapters on their bases, th
     notes = []
     for k, c in given.items():
         if k != 'base': given = given | {k: on_base(c, given['base'])}
-        if given[k] is not c: notes.append(f'`{c}` is an adapter without a base at hand, and was put on '
+        if given[k] is not c: notes.append(f'The base of the adapter `{c}` was not found: it was applied to '
                                            f'`{given["base"]}`.')
     for line in notes: say(f'note: {line}')
     return given, catalogues(given.values(), kinds), notes  # the same matrices in all
@@ -138,7 +138,7 @@ def _prepare(given, kinds, say):  # checkpoints with adapters on their bases, th
 def _prepare_states(given, notes, say):  # the tokenizer, and the number of tokens that all models predict
     known = len(notes)
     source = next((k for k in given if has_tokenizer(given[k])), None)
-    if not source: raise ValueError(f'there is no tokenizer with {" or ".join(repr(str(c)) for c in given.values())}: '
+    if not source: raise ValueError(f'there is no tokenizer in {" or ".join(repr(str(c)) for c in given.values())}: '
                                     'copy tokenizer.json and tokenizer_config.json of the base model into the first')
     without = [k for k in given if not has_tokenizer(given[k])]
     if without: notes.append(f'{" and ".join(f"`{given[k]}`" for k in without)} came without a tokenizer: that of '
@@ -180,7 +180,7 @@ def _states(given, found, tok, words, prompts, device, notes,
 
 # %% ../../nbs/5_beyond/12_compare.ipynb #55c03a84
 def _checked(given, found, without, share, dtype, device, cache, say):  # a sentence on the accuracy of the leading part
-    say('the leading part against the full decomposition')
+    say('checking the leading part against the full decomposition')
     base, first, off, angle = str(given['base']), {}, 0., 0.
     for name, m in found[base].items():
         if name not in without: first.setdefault(m.kind, m)

@@ -61,7 +61,7 @@ class RotationCallback:
         share: float = .25,  # size of the leading subspaces, as a share of the full rank
         prompts=None,  # texts on which divergence is measured; `None`: those of `compare`; empty: none
     ):
-        if every is not None and every < 1: raise ValueError(f'every is a number of steps from 1 on, not {every}')
+        if every is not None and every < 1: raise ValueError(f'every must be at least 1, got {every}')
         rank_of_share(share, 1)
         self.trainer, self.every, self.kinds, self.share = trainer, every, tuple(kinds), share
         self.prompts = PROMPTS if prompts is None else list(prompts)
@@ -72,7 +72,7 @@ class RotationCallback:
         began, model = time.perf_counter(), self.plain()
         self.start = {n: (W.cpu().clone(), *self._leading(W)) for n, _, _, W in current_weights(model, self.kinds)}
         if not self.start:
-            raise ValueError(f'the model has no matrices of the kinds {", ".join(self.kinds)}: give others as kinds=')
+            raise ValueError(f'the model has no matrices of the kinds {", ".join(self.kinds)}: set kinds= to others')
         tok = getattr(self.trainer, 'processing_class', None)
         self.contexts = [encode(tok, [p]) for p in self.prompts] if tok is not None else []
         with _evaluating(model):
@@ -151,7 +151,7 @@ def rotation_preserving(
     share: float = .2,  # size of the leading subspaces that are held, as a share of the rank
 ):
     "A subclass of the trainer with the loss of rotation-preserving SFT (RPSFT, arXiv 2605.10973)."
-    if not 0 <= weight < float('inf'): raise ValueError(f'the weight of the penalty is 0 or more, not {weight}')
+    if not 0 <= weight < float('inf'): raise ValueError(f'weight must be at least 0 and finite, got {weight}')
     class RotationPreserving(trainer_class):
         _penalty = None
 

@@ -131,7 +131,7 @@ def warning_stage(
     set_up_torch(c['warning']['threads'])
     steps = {s: run.checkpoint('sft', s) for s in c['sft']['checkpoints']}
     if len(steps) < 2:
-        raise ValueError(f"sft.checkpoints={c['sft']['checkpoints']} leaves nothing to watch: give two or more")
+        raise ValueError(f"sft.checkpoints must name at least two steps, got {c['sft']['checkpoints']}")
     total = 2 * len(steps)
     weights = tabulate(
         steps.values(),

@@ -31,7 +31,7 @@ def parse_layers(
     out = []
     for part in text.split(','):
         if not (m := re.fullmatch(r'\s*(\d+)(?:-(\d+))?\s*', part)) or int(m[2] or m[1]) < int(m[1]):
-            raise ValueError(f'layers are given like 0-7 or 0,2,5-8, not {text!r}')
+            raise ValueError(f'layers must be given like 0-7 or 0,2,5-8, got {text!r}')
         out += range(int(m[1]), int(m[2] or m[1]) + 1)
     return sorted(set(out))
 
@@ -52,8 +52,8 @@ def _pair(target, donor, kinds, layers):  # the matrices to edit, in target and 
     check_same({str(c): {n: m.shape for n, m in ms.items()} for c, ms in ((target, ours), (donor, theirs))})
     ours = _choose(ours, layers)
     if odd := next((m for m in ours.values() if m.dtype not in ('float64', 'float32', 'float16', 'bfloat16')), None):
-        raise ValueError(f'{odd.name!r} in {odd.source!r} is stored as {odd.dtype}, which an edit cannot be '
-                         'written in: give a target in bfloat16, float16 or float32')
+        raise ValueError(f'{odd.name!r} in {odd.source!r} is stored as {odd.dtype}, in which edited weights cannot '
+                         'be written: give a target in bfloat16, float16 or float32')
     return ours, theirs
 
 # %% ../../nbs/5_beyond/13_edit.ipynb #2596176f
@@ -122,18 +122,18 @@ def _copy(target, folder):  # the target as a directory of safetensors
 
 # %% ../../nbs/5_beyond/13_edit.ipynb #5dac03f1
 def _check(take, dtype, shares):
-    if take not in TAKES: raise ValueError(f'take is one of {", ".join(TAKES)}, not {take!r}')
-    if dtype not in ('float32', 'float64'): raise ValueError(f'dtype is float32 or float64, not {dtype!r}')
+    if take not in TAKES: raise ValueError(f'take must be one of {", ".join(TAKES)}, got {take!r}')
+    if dtype not in ('float32', 'float64'): raise ValueError(f'dtype must be float32 or float64, got {dtype!r}')
     if wrong := [s for s in shares if not 0 < s <= 1]:
-        raise ValueError(f'the share of the rank that is taken is above 0 and at most 1, not {wrong[0]}')
+        raise ValueError(f'a share of the rank must be above 0 and at most 1, got {wrong[0]}')
 
 # %% ../../nbs/5_beyond/13_edit.ipynb #87f8b3e6
 @contextmanager
 def _writing(out):  # errors of the disk say what to do
     try: yield
     except OSError as e:
-        raise ValueError(f'{str(out)!r} cannot be written ({e.strerror or e}): give a directory where you may write, '
-                         'on a disk with room') from e
+        raise ValueError(f'{str(out)!r} cannot be written ({e.strerror or e}): give a writable directory, '
+                         'on a disk with free space') from e
 
 # %% ../../nbs/5_beyond/13_edit.ipynb #9ee84bee
 def edit_checkpoint(
@@ -155,7 +155,7 @@ def edit_checkpoint(
     `ValueError`, before anything is computed, if the two are not of the same model or nothing would be edited."""
     _check(take, dtype, (top,))
     out = Path(out)
-    if out.exists(): raise ValueError(f'{str(out)!r} is already there: give a new directory for the edited checkpoint')
+    if out.exists(): raise ValueError(f'{str(out)!r} already exists: give a new directory for the edited checkpoint')
     target, donor = on_base(target, donor), on_base(donor, target)
     _pair(target, donor, kinds, layers)
     with _writing(out), complete(out, sealed=True) as folder:
@@ -176,12 +176,12 @@ CONTROLS = ('matched', 'random')
 def check_command(command: str):
     "Raise `ValueError` if a command lacks `{checkpoint}`, or its program does not exist."
     if '{checkpoint}' not in command:
-        raise ValueError(f'the evaluation {command!r} has no {{checkpoint}} in it: write that where the directory of '
-                         "the checkpoint belongs, like 'python evaluate.py {checkpoint}'")
+        raise ValueError(f'the evaluation {command!r} does not contain {{checkpoint}}: write that where the directory '
+                         "of the checkpoint belongs, like 'python evaluate.py {checkpoint}'")
     try: words = shlex.split(command)
-    except ValueError as e: raise ValueError(f'the evaluation {command!r} is no command line ({e}): quote it') from e
+    except ValueError as e: raise ValueError(f'the evaluation {command!r} cannot be parsed ({e}): quote it') from e
     if not shutil.which(words[0]):
-        raise ValueError(f'the evaluation begins with {words[0]!r}, which is no program here')
+        raise ValueError(f'the evaluation begins with {words[0]!r}, which is not a program on this machine')
 
 # %% ../../nbs/5_beyond/13_edit.ipynb #b6ab78ff
 def measure(
@@ -196,7 +196,7 @@ def measure(
         raise ValueError(f'the evaluation {shlex.join(words)!r} failed with status {done.returncode}: {last}')
     found = re.findall(r'[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?', done.stdout)
     if not found:
-        raise ValueError(f'the evaluation {shlex.join(words)!r} printed no number: let it print the score last')
+        raise ValueError(f'the evaluation {shlex.join(words)!r} printed no number: it must print the score last')
     return float(found[-1])
 
 # %% ../../nbs/5_beyond/13_edit.ipynb #7c102255
@@ -210,7 +210,7 @@ def _kept(file, asked):  # the points of an earlier sweep with the same argument
     record = file.with_suffix('.json')
     if not file.exists() or not record.exists(): return []
     if json.loads(record.read_text()).get('asked') != asked:
-        raise ValueError(f'{str(file.parent)!r} holds another sweep: give a new directory')
+        raise ValueError(f'{str(file.parent)!r} holds a sweep with other arguments: give a new directory')
     import pandas as pd
     return pd.read_csv(file).to_dict('records')
 

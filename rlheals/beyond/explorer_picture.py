@@ -203,7 +203,7 @@ class Panel:
         self.chosen.set_data(*(([100 * rank], [got[0]]) if got else ([], [])))
         self.restoration_axis.title.set_text(
             'restoration: '
-            + (f'{got[0]:.1f} % [{got[1]:.1f}, {got[2]:.1f}]' if got else 'not tried')
+            + (f'{got[0]:.1f} % [{got[1]:.1f}, {got[2]:.1f}]' if got else 'not measured')
             + f'\nby {100 * rank:g} % of the directions'
         )
         return self
@@ -257,6 +257,6 @@ def panel(
     rank: float = .25,  # size of the subspaces, as a share of the full rank
 ):
     "The picture of one choice, as a matplotlib figure."
-    if task not in tables: raise ValueError(f'there is no table of {task!r}: there are {", ".join(tables)}')
+    if task not in tables: raise ValueError(f'there is no table of task {task!r}: use one of {", ".join(tables)}')
     p = Panel(tables[task])
     return p.update(stage, p.steps[stage][-1] if checkpoint is None else checkpoint, matrix, rank).figure

@@ -158,7 +158,7 @@ def open_tables(
     }
     if not files:
         raise ValueError(
-            f'there is no table of the explorer in {base} and none in {published}: make one with `rlheals explore '
+            f'neither {base} nor {published} has a table of the explorer: make one with `rlheals explore '
             f'--profile {profile} --runs {runs}`'
         )
     return {

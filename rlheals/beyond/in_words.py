@@ -98,7 +98,7 @@ def _explain_drift(tables):
                 'is measured there. '
             )
         else:
-            alike = f', with a likeness of shape of {end.cka:.3f} (linear CKA)' if end.cka == end.cka else ''
+            alike = f', with a similarity of shape of {end.cka:.3f} (linear CKA)' if end.cka == end.cka else ''
             says = (
                 f'On {n} prompts the hidden states of the last layer are {end.mmd:.2g} apart (MMD; p = {end.mmd_p:.2g} '
                 f'by paired permutation){alike}. '

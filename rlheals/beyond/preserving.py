@@ -30,7 +30,7 @@ def rotation_penalty(
 
     if is_lora(model):
         raise ValueError(
-            'the rotation penalty holds pretrained weights back, and those of a model with adapters do not move: use '
+            'the rotation penalty constrains the pretrained weights, which are frozen in a model with adapters: use '
             'lora.rank=0'
         )
     kept = {}
@@ -42,7 +42,7 @@ def rotation_penalty(
             kept[name] = W.detach().clone(), U[:, :k].contiguous(), Vt[:k].T.contiguous()
     if not kept:
         raise ValueError(
-            'the model has no 2-D weight named like layers.0.self_attn.q_proj.weight: there is nothing to keep'
+            'the model has no 2-D weight named like layers.0.self_attn.q_proj.weight: there is nothing to preserve'
         )
 
     def penalty(model):
@@ -59,8 +59,8 @@ def start_penalty(
     arXiv 1802.01483)."""
     if is_lora(model):
         raise ValueError(
-            'the distance to the start is that of the pretrained weights, and those of a model with adapters do not '
-            'move: use lora.rank=0'
+            'the distance to the start is that of the pretrained weights, which are frozen in a model with adapters: '
+            'use lora.rank=0'
         )
     start = {name: w.detach().clone() for name, w in model.named_parameters()}
 
@@ -86,8 +86,8 @@ def parse_method(
     if kind not in KINDS or kind == 'sft' or not 0 < value < float('inf') or (
             kind == 'lora' and value % 1) or (kind == 'osf' and value >= 1):
         raise ValueError(
-            f"there is no method {method!r}: use 'rpsft-' or 'l2-' and a weight above 0, 'lora-' and a rank, or 'osf-' "
-            "and a share of the rank, like rpsft-1, l2-0.5, lora-8, osf-0.5"
+            f"there is no method {method!r}: use rpsft- or l2- with a weight above 0, lora- with a rank, or osf- with "
+            "a share of the rank, like rpsft-1, l2-0.5, lora-8, osf-0.5"
         )
     return kind, value
 
@@ -110,8 +110,8 @@ def train_preserving(
     c, (kind, value) = run.config, parse_method(method)
     if kind in ('rpsft', 'l2', 'osf') and c['lora']['rank']:
         raise ValueError(
-            f"{method} holds pretrained weights back, but lora.rank={c['lora']['rank']} freezes them: leave lora.rank "
-            "at 0"
+            f"lora.rank must be 0 with {method}, which constrains the pretrained weights that adapters freeze, got "
+            f"{c['lora']['rank']}"
         )
     set_up_torch(c['preserve']['threads'], seed=run.seed)
     model, tok = load_model(run.base, c['model']['device'], c['model']['dtype'])

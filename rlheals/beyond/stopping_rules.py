@@ -51,8 +51,8 @@ def traces(
     )
     if set(seen) != set(watched):
         raise ValueError(
-            f'evaluation and warning are not of the same tasks and seeds: {sorted(set(seen) ^ set(watched))} are in '
-            'one of them only'
+            'the tables evaluation and warning must have the same tasks and seeds, but only one has '
+            f'{sorted(set(seen) ^ set(watched))}'
         )
     out = []
     for (task, seed), g in seen.items():
@@ -62,8 +62,8 @@ def traces(
         )
         if list(ood.index) != list(w.index):
             raise ValueError(
-                f'{task}, seed {seed}: evaluated were the steps {list(ood.index)}, watched {list(w.index)}: make the '
-                'table warning again'
+                f'{task}, seed {seed}: the evaluation has the steps {list(ood.index)}, but the table warning has '
+                f'{list(w.index)}: make the table warning again'
             )
         out.append(Trace(task, int(seed), ood.index, ood.to_numpy(), {m: w[m].to_numpy() for m in METRICS if m in w}))
     return out

@@ -73,7 +73,7 @@ def read_prompts(path) -> list[str]:
     except (OSError, UnicodeDecodeError) as e: raise ValueError(f'the prompts {str(path)!r} cannot be read ({e}): give '
                                                                 'a text file (UTF-8) with one prompt per line') from e
     if len(prompts := [line for line in lines if line]) < 4: raise ValueError(f'{str(path)!r} has {len(prompts)} '
-            'prompts: distances between clouds of states need at least 4')
+            'prompts: give at least 4, which the distance of hidden states needs')
     return prompts
 
 # %% ../../nbs/5_beyond/10_two_checkpoints.ipynb #5391dd0c

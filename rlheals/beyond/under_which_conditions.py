@@ -145,7 +145,7 @@ def s2(tables):
             100 * d.first_success, 100 * d['mean'], reach(d, 100), fmt='o', ms=3.2, color=colour, elinewidth=0.6
         )
     gain.axhline(0, color='#222222', lw=.7, zorder=1)
-    gain.set(xlabel='training answers right before RL (%)', ylabel='change of OOD (points)')
+    gain.set(xlabel='training accuracy before RL (%)', ylabel='change of OOD accuracy (points)')
     along = _sft_curves(tables)
     looks = dict(
         zip(

@@ -125,7 +125,7 @@ def _bars(ax, d):  # one stacked bar per checkpoint, upwards and downwards from 
         up, down = up + v.clip(0), down + v.clip(None, 0)
     whole = d[d.part == 'success'].set_index('checkpoint').loc[steps]
     ax.errorbar(range(len(steps)), 100 * whole['mean'], _reach(whole), fmt='D', ms=3.2, color='#222222', mfc='white',
-                elinewidth=.9, capsize=2, zorder=4, label='whole change')
+                elinewidth=.9, capsize=2, zorder=4, label='total change')
     ax.axhline(0, color='#222222', lw=.7)
     ax.set_xticks(range(len(steps)), steps); ax.grid(False); ax.grid(True, axis='y')
 
@@ -137,7 +137,7 @@ def s5(tables):
     Top: accuracy within the allowed tries (full line) and at the first (dotted) along SFT, and after RL from each
     start (diamonds, crosses; 95 % intervals). Middle: what SFT changed since its best checkpoint, and bottom: what
     RL changed from each start, in points, split into answers in form, rule reading, solving, and revision after
-    feedback; the parts add up to the whole change (point, with its 95 % interval)."""
+    feedback; the parts add up to the total change (point, with its 95 % interval)."""
     import matplotlib.pyplot as plt, pandas as pd
     from matplotlib.lines import Line2D
     e = rows(tables['rl_evaluation'], 'rl_evaluation', metric=('success', 'first_try'), split=('id', 'ood'))
@@ -160,7 +160,7 @@ def s5(tables):
     lines = [
         Line2D([], [], color=SFT, label='SFT, within the tries'),
         Line2D([], [], color=SFT, ls=':', label='SFT, first try'),
-        Line2D([], [], color=RL, marker='D', ms=4, ls='', label='RL, within'),
+        Line2D([], [], color=RL, marker='D', ms=4, ls='', label='RL, within the tries'),
         Line2D([], [], color=RL, marker='x', ms=4, ls='', label='RL, first try'),
     ]
     top_legend(fig, lines + list({h.get_label(): h for h in axes[2, 0].containers}.values()), ncols=5)

@@ -22,7 +22,7 @@ _RULES = {
 }
 
 # %% ../../nbs/5_beyond/09_what_tells_the_peak.ipynb #61286efd
-@figure('sft_evaluation', 'warning', name='S4', title='What could have told the peak without OOD problems',
+@figure('sft_evaluation', 'warning', name='S4', title='Which quantities reveal the OOD peak without OOD problems',
         across_tasks=True, on_request=True)
 def s4(tables):
     """Left: quantities measured without OOD problems along SFT, for the first task (mean over seeds; thin: seeds;
@@ -89,7 +89,7 @@ def s4(tables):
         range(len(order)), [names[r] if r else METRICS[m].partition(' (')[0] for m, r in order], fontsize=6
     )
     axes[0].set_ylim(len(order) - .5, -.5)
-    right.supxlabel('OOD accuracy less that at the lowest test loss (points)', fontsize=7)
+    right.supxlabel('OOD accuracy minus that at the lowest test loss (points)', fontsize=7)
     looks = {
         'best': 'no threshold',
         'other seeds': 'threshold from other seeds',

@@ -46,7 +46,7 @@ def job_environment(
             with complete(kernel) as tmp: tmp.write_text(spec)
     except OSError as e:
         raise ChainError(
-            f'cannot write in {folder} ({e.strerror}): give the right to write there, or another directory'
+            f'cannot write in {folder} ({e.strerror}): make it writable, or use another directory'
         ) from e
     joined = lambda first, name: os.pathsep.join(
         [first, *(p for p in before.get(name, '').split(os.pathsep) if p not in ('', first))]

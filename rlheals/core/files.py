@@ -74,8 +74,7 @@ def check(
     "Return the path; raise `Damaged` if it differs from its checksums."
     if bad := damaged(path):
         raise Damaged(
-            f'{bad[0]} is damaged: it is not what was written there (SHA-256 differs from {record_of(path).name}): '
-            f'{remedy}'
+            f'{bad[0]} is damaged (its SHA-256 differs from the one in {record_of(path).name}): {remedy}'
         )
     return path
 
@@ -179,6 +178,6 @@ def need_room(
     free = shutil.disk_usage(there).free
     if free < n:
         raise ValueError(
-            f'{what} need {size(n)}, and the disk of {there} has {size(free)} left: free some, or choose another '
-            'directory'
+            f'the disk of {there} has only {size(free)} left, but {what} need {size(n)}: free some space, or choose '
+            'another directory'
         )

@@ -25,15 +25,15 @@ def open_store(
     import fsspec
 
     remedy = (
-        'use a directory, or a URL that fsspec knows (s3://, with pip install \'rlheals[s3]\'; gs://, sftp:// ... with '
-        'the packages it names)'
+        "use a directory, or a URL that fsspec supports (s3:// after pip install 'rlheals[s3]'; gs://, sftp:// ... "
+        "after installing the package that fsspec names)"
     )
     try:
         fs, path = fsspec.core.url_to_fs(
             str(url), **(dict(use_listings_cache=False) if str(url).startswith('s3:') else {})
         )
         if str(url).startswith(('s3:', 'gs:')) and not fs.exists(bucket := path.partition('/')[0]):
-            raise FileNotFoundError(f'there is no bucket {bucket}')
+            raise FileNotFoundError(f'the bucket {bucket} does not exist')
         fs.exists(f'{path}/{MANIFEST}')
     except Exception as e:  # each file system has its own errors
         raise ValueError(f'the store {str(url)!r} cannot be reached [{str(e) or type(e).__name__}]: {remedy}') from e
@@ -53,8 +53,7 @@ def _manifest(fs, path):
         return json.loads(fs.cat_file(f'{path}/{MANIFEST}'))
     except ValueError as e:
         raise ValueError(
-            f'{path}/{MANIFEST} is not a manifest [{e}]: use the URL of a store, or of a place where there is nothing '
-            'yet'
+            f'{path}/{MANIFEST} is not a manifest [{e}]: use the URL of a store, or one where nothing is stored yet'
         ) from e
 
 # %% ../../nbs/0_core/04_store.ipynb #3b9186a4
@@ -136,8 +135,8 @@ def fetch(
 def _whole(path, source):
     if bad := damaged(path):
         raise Damaged(
-            f'{bad[0].name} in {source} is damaged: it is not what was put there (SHA-256). Delete it there and put it '
-            'there again, or let the run make it again'
+            f'{bad[0].name} in {source} is damaged (its SHA-256 is not the recorded one): delete it there, then '
+            'upload it again or let the run make it again'
         )
 
 # %% ../../nbs/0_core/04_store.ipynb #85cc27ce

@@ -18,7 +18,7 @@ def _surgery(tables, sweep):  # summary of one sweep's edits, and of the target 
     ends = rows(s, 'surgery', edit=('none', 'donor')).drop_duplicates(['edit', 'split', 'seed', 'episode'])
     edits = rows(s[~s.edit.isin(('none', 'donor'))], 'surgery', sweep=sweep)
     if unknown := set(edits.edit) - set(EDITS):
-        raise ValueError(f"table 'surgery' has edits {sorted(unknown)} that no figure knows: use {', '.join(EDITS)}")
+        raise ValueError(f"table 'surgery' has unknown edits {sorted(unknown)}: use {', '.join(EDITS)}")
     return pd.concat([summarise(ends, ['split', 'edit']), summarise(edits, ['split', 'edit', 'share', 'layers'])])
 
 # %% ../../nbs/4_results/10_can_it_be_undone.ipynb #15cd3fde

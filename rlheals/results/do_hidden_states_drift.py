@@ -53,8 +53,8 @@ def _plane(ax, states, colours):  # one split, one layer, one seed
 def f14(tables):
     """Hidden states at the end of the prompts: plane of the last layer's two leading components with centroids and
     drift (points: prompts of the first seed); distance of the clouds by layer (MMD; full: p < 0.05 in every seed) and
-    likeness of their shape (linear CKA); and the next token along the expert's answer: entropy, margin of the likeliest
-    over the second, overlap of the top ten (95 % intervals)."""
+    similarity of their shape (linear CKA); and the next token along the expert's answer: entropy, margin of the
+    likeliest over the second, overlap of the top ten (95 % intervals)."""
     import matplotlib.pyplot as plt, pandas as pd
     from matplotlib.lines import Line2D
 
@@ -79,7 +79,7 @@ def f14(tables):
     for ax, (split, layer) in zip(axes[0], shown):
         _plane(ax, one[(one.split == split) & (one.layer == layer)], colours)
         ax.set_title(f'{_named(split)} prompts' if len(splits) > 1 else f'layer {layer}'); ax.grid(False)
-    for ax, metric, label in ((axes[0, 2], 'mmd', 'distance (MMD)'), (axes[1, 0], 'cka', 'likeness (linear CKA)')):
+    for ax, metric, label in ((axes[0, 2], 'mmd', 'distance (MMD)'), (axes[1, 0], 'cka', 'similarity (linear CKA)')):
         d = with_seeds(rows(drift, 'drift', metric=metric), ['split', 'pair', 'layer'])
         p = drift[drift.metric == 'mmd_p'].groupby(['split', 'pair', 'layer'])['value'].max().rename('p').reset_index()
         d = d.merge(p, on=['split', 'pair', 'layer'])

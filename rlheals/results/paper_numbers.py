@@ -104,7 +104,7 @@ def _f5(ax, d):
 # %% ../../nbs/4_results/03_paper_numbers.ipynb #32681b6b
 def _restored(ax, d):
     _mark(ax, d, 'share', '#882E72', label=d.what.iloc[0])
-    ax.set(xlabel='share put back (%)', xlim=(0, 103)); percent_axis(ax, 'of what was lost, given back (%)', 103)
+    ax.set(xlabel='share restored (%)', xlim=(0, 103)); percent_axis(ax, 'lost accuracy that returns (%)', 103)
 _DRAW = dict(F1=_f1, F2=_f2, F3=_f3, F4=_f4, F5=_f5, F10=_restored, F11=_restored)
 
 # %% ../../nbs/4_results/03_paper_numbers.ipynb #b87771cf
@@ -113,7 +113,8 @@ def reference(
 ):  # matplotlib figure, the numbers in it
     "The paper's numbers for a figure, as marks."
     import matplotlib.pyplot as plt
-    if figure not in _DRAW: raise ValueError(f"the paper gives no numbers for {figure!r}, only for {', '.join(_DRAW)}")
+    if figure not in _DRAW:
+        raise ValueError(f"the paper gives no numbers for {figure!r}: use one of {', '.join(_DRAW)}")
     data = reported().query('figure == @figure').dropna(axis=1, how='all').reset_index(drop=True)
     data = data.reindex(columns=[*data.columns, *(c for c in ('low', 'high') if c not in data)])
     if 'checkpoint' in data: data['checkpoint'] = data.checkpoint.astype(int)

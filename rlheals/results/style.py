@@ -83,7 +83,7 @@ def _check_tables(tables, needs, across_tasks, figure):
         tasks = tables[name]['task'].unique() if 'task' in tables[name] else ()
         if len(tasks) > 1 and not across_tasks:
             raise ValueError(
-                f"table {name!r} holds the tasks {', '.join(tasks)}: a figure shows one, filter the table first"
+                f"table {name!r} holds the tasks {', '.join(tasks)}, but {figure} shows one: select its rows first"
             )
 
 # %% ../../nbs/4_results/01_style.ipynb #08e5ac60

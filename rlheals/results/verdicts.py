@@ -91,8 +91,7 @@ def ledger(
     seeds = tables['evaluation']['seed'].unique().tolist() if 'evaluation' in tables else []
     if len(seeds) < 4:
         raise ValueError(
-            'a verdict needs at least 4 seeds, one that chooses and three that are judged, and there are '
-            f'{len(seeds)}: {seeds}'
+            f'a verdict needs at least 4 seeds, one for selection and three to be judged, got {len(seeds)}: {seeds}'
         )
     return ledger_rows(arrays(tables))
 
@@ -105,12 +104,12 @@ def ledger_rows(
 
     if len(d['starts']) < 3:
         raise ValueError(
-            f"a window needs RL from at least 3 checkpoints, and there are {d['starts'].tolist()}: set rl.starts"
+            f"a window needs RL from at least 3 checkpoints, got {d['starts'].tolist()}: add some to rl.starts"
         )
     if missing := [k for k in ('values', 'random', 'straight') if f'low_{k}' not in d]:
         raise ValueError(
-            f"claim C7 needs the controls {', '.join(missing)}, which surgery.edits leaves out: add values, random, "
-            "and interpolation or matched to it"
+            f"claim C7 needs the controls {', '.join(missing)}, which surgery.edits leaves out: add to it values, "
+            "random, and interpolation or matched"
         )
     got, n = judge(d), dict(seeds=len(d['seeds']) - 1, episodes=d['ood'].shape[-1])
     claims = pd.DataFrame(

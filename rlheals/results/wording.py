@@ -128,5 +128,5 @@ def stage_reading(
 ) -> str:
     "What a stage of the chain came to, in words, computed from its table."
     if stage not in _STAGES:
-        raise ValueError(f"there is no reading of the stage {stage!r}, only of {', '.join(_STAGES)}")
+        raise ValueError(f"there is no summary of a stage {stage!r}: use one of {', '.join(_STAGES)}")
     return _STAGES[stage](table)

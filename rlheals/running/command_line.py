@@ -20,11 +20,11 @@ def fail(error, code=2):
 # %% ../../nbs/6_running/15_command_line.ipynb #836b392d
 # options of the commands on checkpoints
 KindsOption = Annotated[
-    str, typer.Option(help="Kinds of matrices, with commas; 'all' for every 2-D weight, embeddings included.")
+    str, typer.Option(help="Kinds of matrices, separated by commas; 'all': every 2-D weight, embeddings included.")
 ]
 DEFAULT_KINDS = 'q_proj,k_proj,v_proj,down_proj'
-DeviceOption = Annotated[str, typer.Option(help='auto, cpu, cuda.')]
-ThreadsOption = Annotated[int, typer.Option(help='Threads of the CPU.', min=1)]
+DeviceOption = Annotated[str, typer.Option(help='Device to compute on: auto, cpu or cuda.')]
+ThreadsOption = Annotated[int, typer.Option(help='Number of CPU threads.', min=1)]
 def parse_kinds(text): return None if text == 'all' else tuple(k.strip() for k in text.split(','))
 
 # %% ../../nbs/6_running/15_command_line.ipynb #8c2b0b69

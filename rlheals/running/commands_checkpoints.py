@@ -18,14 +18,14 @@ from .command_line import (DEFAULT_KINDS, DeviceOption, KindsOption, ThreadsOpti
 def compare(
     base: Annotated[
         str,
-        typer.Argument(help='The checkpoint before: a directory, a .gguf file, a LoRA adapter, or a name on the hub.'),
+        typer.Argument(help='Checkpoint before: a directory, a .gguf file, a LoRA adapter, or a name on the hub.'),
     ],
-    tuned: Annotated[str, typer.Argument(help='The checkpoint after.')],
+    tuned: Annotated[str, typer.Argument(help='Checkpoint after.')],
     out: Annotated[
         Path, typer.Option(help='Directory for tables, figures and the notebook; an earlier result there is replaced.')
     ],
     donor: Annotated[
-        str, typer.Option(help='A checkpoint whose singular directions are put into TUNED, with controls.')
+        str, typer.Option(help='Checkpoint whose singular directions are put into TUNED, with controls.')
     ] = '',
     kinds: KindsOption = DEFAULT_KINDS,
     share: Annotated[
@@ -34,23 +34,23 @@ def compare(
     prompts: Annotated[
         str,
         typer.Option(
-            metavar='FILE', help='Prompts for the hidden states, one per line (default: two dozen plain ones).'
+            metavar='FILE', help='Prompts for the hidden states, one per line (default: two dozen general ones).'
         ),
     ] = '',
     dtype: Annotated[str, typer.Option(help='float32, or float64 for checkpoints that hardly differ.')] = 'float32',
     weights_only: Annotated[
-        bool, typer.Option('--weights-only', help='Open no model: no hidden states, no tokenizer, little memory.')
+        bool, typer.Option('--weights-only', help='Compare weights only, with no model loaded: less memory.')
     ] = False,
     leading: Annotated[
         bool,
         typer.Option(
-            '--leading', help='Decompose the leading --share alone, 0.125 or less: several times as fast at 0.05.'
+            '--leading', help='Compute only the leading --share, 0.125 or less: several times faster at 0.05.'
         ),
     ] = False,
     device: DeviceOption = 'auto',
     threads: ThreadsOption = 1,
 ):
-    "What tuning did to the weights and states of any model, in tables, figures and words."
+    "Show what tuning did to the weights and hidden states of a model, in tables, figures and words."
     from rlheals.beyond.compare import compare
     from rlheals.beyond.two_checkpoints import read_prompts
     try:
@@ -80,27 +80,27 @@ def compare(
 def edit(
     target: Annotated[
         str,
-        typer.Argument(help='The checkpoint to edit: a directory, a .gguf file, a LoRA adapter, or a name on the hub.'),
+        typer.Argument(help='Checkpoint to edit: a directory, a .gguf file, a LoRA adapter, or a name on the hub.'),
     ],
-    donor: Annotated[str, typer.Option(help='The checkpoint of the same model that gives its singular directions.')],
+    donor: Annotated[str, typer.Option(help='Checkpoint of the same model to take singular directions from.')],
     out: Annotated[Path, typer.Option(help='New directory for the edited checkpoint (with --undo: for the results).')],
-    take: Annotated[str, typer.Option(help='What the donor gives: directions, values, or both.')] = 'directions',
+    take: Annotated[str, typer.Option(help='What to take from the donor: directions, values or both.')] = 'directions',
     top: Annotated[
-        float, typer.Option(help='Share of the full rank that is taken, leading directions first.')
+        float, typer.Option(help='Share of the full rank to take, leading directions first.')
     ] = 1.0,
     layers: Annotated[str, typer.Option(metavar='LIST', help='Layers to edit, like 0-7 or 0,2,5 (default: all).')] = '',
     kinds: KindsOption = DEFAULT_KINDS,
     undo: Annotated[
         bool,
-        typer.Option('--undo', help='Put back more and more of the rank, and evaluate each step and its controls.'),
+        typer.Option('--undo', help='Transfer growing shares of the rank, and evaluate each one with controls.'),
     ] = False,
     evaluate: Annotated[
         str,
         typer.Option(
-            metavar='COMMAND', help="Prints a number about {checkpoint}, like 'python score.py {checkpoint}'."
+            metavar='COMMAND', help="Command that prints a score of {checkpoint}, like 'python score.py {checkpoint}'."
         ),
     ] = '',
-    dtype: Annotated[str, typer.Option(help='Type to decompose in: float32 or float64.')] = 'float32',
+    dtype: Annotated[str, typer.Option(help='Type of the decompositions: float32 or float64.')] = 'float32',
     device: DeviceOption = 'auto',
     threads: ThreadsOption = 1,
 ):
@@ -110,7 +110,7 @@ def edit(
     from rlheals.training.computing import set_up_torch
     how = dict(take=take, dtype=dtype, device=device, say=lambda line: print(line, flush=True),
                kinds=parse_kinds(kinds))
-    if undo != bool(evaluate): fail('--undo and --evaluate go together: the one needs what the other measures')
+    if undo != bool(evaluate): fail('--undo and --evaluate must be given together')
     try:
         how['layers'] = parse_layers(layers)
         set_up_torch(threads, 'highest')
@@ -127,18 +127,18 @@ def edit(
 # %% ../../nbs/6_running/17_commands_checkpoints.ipynb #090b2c22
 @app.command()
 def explore(
-    profile: Annotated[str, typer.Option(help='Which run: tiny or smoke.')] = 'tiny',
-    task: Annotated[list[str], typer.Option('--task', metavar='NAME', help='Which tasks, as for reproduce.')] = [
+    profile: Annotated[str, typer.Option(help='Profile of the run: tiny or smoke.')] = 'tiny',
+    task: Annotated[list[str], typer.Option('--task', metavar='NAME', help='Tasks, as for reproduce.')] = [
         'general_points'
     ],
-    seed: Annotated[int, typer.Option(help='Which seed.', min=0)] = 0,
+    seed: Annotated[int, typer.Option(help='Seed of the run.', min=0)] = 0,
     set: Annotated[
         list[str], typer.Option('--set', metavar='KEY=VALUE', help='A changed setting of the run; may be repeated.')
     ] = [],
-    jobs: Annotated[int, typer.Option(help='Jobs side by side (0: one per core).', min=0)] = 0,
+    jobs: Annotated[int, typer.Option(help='Number of jobs in parallel (0: one per core).', min=0)] = 0,
     publish: Annotated[
         bool,
-        typer.Option('--publish', help='Also keep the tables beside the figures, for those who have trained nothing.'),
+        typer.Option('--publish', help='Also copy the tables to figures/, for readers who have not trained anything.'),
     ] = False,
     runs: Annotated[Path, typer.Option(help='Directory of all runs.')] = Path('runs'),
 ):
@@ -152,7 +152,7 @@ def explore(
     tasks = parse_tasks(task)
     run, console = Run(profile, tuple(set), seed, runs, tasks[0]), Console()
     try:
-        if publish and seed: raise ValueError(f'--publish keeps seed 0, not --seed {seed}: leave one of them out')
+        if publish and seed: raise ValueError(f'--seed must be 0 with --publish, got {seed}')
         asked = [replace(run, task_name=t) for t in tasks]
         targets = [os.path.relpath(r.table('explorer'), r.dir) for r in asked if r.config]
         execute(
@@ -174,4 +174,4 @@ def explore(
             r.load('explorer'), to, provenance(r, [r.table('explorer'), *explorer_inputs(r)], {r.task_name: 1})
         )
         typer.echo(f'written: {os.path.relpath(to)}')
-    typer.echo(f'to look at it: jupyter lab {os.path.relpath(PAPER.parent/"pages"/"explorer.ipynb")}')
+    typer.echo(f'to see it: jupyter lab {os.path.relpath(PAPER.parent/"pages"/"explorer.ipynb")}')

@@ -18,18 +18,18 @@ from .command_line import app, fail, parse_tasks
 @app.command()
 def claims(
     profile: Annotated[
-        str, typer.Option(help='Which run: tiny, or another with several starts of RL and all controls.')
+        str, typer.Option(help='Profile of the run: tiny, or another with several starts of RL and all controls.')
     ] = 'tiny',
     task: Annotated[
         list[str],
         typer.Option(
-            '--task', metavar='NAME', help='Which tasks, as for reproduce (default: all that have enough seeds).'
+            '--task', metavar='NAME', help='Tasks, as for reproduce (default: all that have enough seeds).'
         ),
     ] = [],
     seeds: Annotated[
         int,
         typer.Option(
-            help='Seeds to use: 0, which only chooses, and those after it, which are judged (0: all that are there).',
+            help='Number of seeds: seed 0 is used for selection, the others are judged (0: all available).',
             min=0,
         ),
     ] = 0,
@@ -38,14 +38,13 @@ def claims(
     ] = [],
     runs: Annotated[Path, typer.Option('--runs', '--root', help='Directory of all runs.')] = Path('runs'),
     make: Annotated[
-        bool, typer.Option('--run', help='Make missing tables first (trains what is needed: hours for several seeds).')
+        bool, typer.Option('--run', help='Make missing tables first (training included: hours for several seeds).')
     ] = False,
     write: Annotated[
         bool,
         typer.Option(
             '--write',
-            help='Write ledger.csv, ledger.md and where they come from beside the figures, for all tasks that have '
-                 'enough seeds.',
+            help='Write the ledger and its provenance to figures/, for all tasks that have enough seeds.',
         ),
     ] = False,
 ):
@@ -63,8 +62,7 @@ def claims(
         gone, how = deleted(run, asked, seeds), dict(say=lambda line: print(line, flush=True), live=console.is_terminal)
         for t, paths in gone.items():
             console.print(
-                f'{t}: {len(paths)} of the tables that were judged before are gone, like {paths[0]}: they are made '
-                'again'
+                f'{t}: {len(paths)} tables judged before are missing, like {paths[0]}: making them again'
             )
         if make or gone: make_inputs(run, asked if make else list(gone), seeds, **how)
         tasks = tasks_to_judge(run, asked, seeds)
@@ -82,13 +80,13 @@ def claims(
     _show(found[found.task.isin(asked or [*data])], console)
     if published and earlier_settings(run, asked):
         console.print(
-            'The published episodes were made with other settings than today\'s; figures/ledger.json has them, and the '
+            'The published episodes were made with earlier settings, which figures/ledger.json records with their '
             'commit.'
         )
     if published:
         console.print(
-            f'Judged from the published episodes, figures/ledger.npz: {run.dir} has too few seeds of its own. Make '
-            'them, which takes hours, with --run.'
+            f'Judged from the published episodes, figures/ledger.npz: {run.dir} has too few seeds of its own. To make '
+            'them, which takes hours, add --run.'
         )
     else: remember(run, used)
     if write:
@@ -107,7 +105,7 @@ def _show(found, console):
             'claim and effects (accuracies in points, 95 % intervals)',
             'verdict',
             show_lines=True,
-            title=f"{t}: {rows.seeds.iloc[0]} seeds judged (1 to {rows.seeds.iloc[0]}; seed 0 only chooses), "
+            title=f"{t}: {rows.seeds.iloc[0]} seeds judged (1 to {rows.seeds.iloc[0]}; seed 0 is for selection), "
                   f"{rows.episodes.iloc[0]} episodes",
         )
         for r in rows.itertuples():
@@ -121,16 +119,16 @@ def _show(found, console):
 # %% ../../nbs/6_running/18_commands_results.ipynb #3ff517e4
 @app.command()
 def show(
-    figure: Annotated[str, typer.Argument(help='Like F1.')],
+    figure: Annotated[str, typer.Argument(help='Name of the figure, like F1.')],
     profile: Annotated[str, typer.Option(help='Which run.')] = 'tiny',
-    task: Annotated[str, typer.Option('--task', metavar='NAME', help='Of which task.')] = 'general_points',
+    task: Annotated[str, typer.Option('--task', metavar='NAME', help='Task of the figure.')] = 'general_points',
     set: Annotated[
         list[str], typer.Option('--set', metavar='KEY=VALUE', help='A changed setting of the run; may be repeated.')
     ] = [],
     runs: Annotated[Path, typer.Option(help='Directory of all runs.')] = Path('runs'),
-    open: Annotated[bool, typer.Option('--open', help='Open the picture too.')] = False,
+    open: Annotated[bool, typer.Option('--open', help='Also open the picture.')] = False,
 ):
-    "What a figure shows, in words, with the verdicts it bears on, and where it is."
+    "Say in words what a figure shows, which verdicts it bears on, and where it is."
     from rich.console import Console
     from rich.markdown import Markdown
     from rlheals.running.tables import figures_dir, published_dir
@@ -145,21 +143,21 @@ def show(
         if (own / f'{figure}.json').exists(): folder = own
         if not (folder / f'{figure}.json').exists():
             raise ValueError(
-                f'{os.path.relpath(own)}/{figure}.png is not there: make it with `rlheals reproduce --figure '
-                f'{figure}`, and --profile, --task or --set as here'
+                f'{os.path.relpath(own)}/{figure}.png does not exist: make it with `rlheals reproduce --figure '
+                f'{figure}` and the same --profile, --task and --set'
             )
         Console().print(Markdown(words(folder, figure)))
     except ValueError as e: fail(e)
-    typer.echo(f'\n{os.path.relpath(folder/figure)}.png, .svg, .csv (the table), .json (where it comes from)')
+    typer.echo(f'\n{os.path.relpath(folder/figure)}.png, .svg, .csv (the table), .json (its provenance)')
     if open: typer.launch(str(folder/f'{figure}.png'))
 
 # %% ../../nbs/6_running/18_commands_results.ipynb #2f748e82
 @app.command()
 def pretrain(
-    steps: Annotated[int, typer.Option(help='Pretraining steps (0: as for the model that ships).', min=0)] = 0,
+    steps: Annotated[int, typer.Option(help='Pretraining steps (0: as for the model in the package).', min=0)] = 0,
     out: Annotated[str, typer.Option(help='Directory for the new model (default: runs/base).')] = 'runs/base',
 ):
-    "Make the tiny base model again from nothing, and say how far it is from the one that ships."
+    "Pretrain the tiny base model from scratch, and compare it with the one in the package."
     from rlheals.training.models import load_model, save_model
     from rlheals.training.pretraining import compare, examine, pretrain
     import json
@@ -174,14 +172,14 @@ def pretrain(
         f'{apart["relative_distance"].mean():.3g}'
     )
     for split, scores in record['accuracy'].items():
-        print(f'{split:26}', *(f'{k} {v:.1%} (ships: {theirs[split][k]:.1%})' for k, v in scores.items()), sep='  ')
-    print(f'kept in {out}')
+        print(f'{split:26}', *(f'{k} {v:.1%} (package: {theirs[split][k]:.1%})' for k, v in scores.items()), sep='  ')
+    print(f'saved in {out}')
 
 # %% ../../nbs/6_running/18_commands_results.ipynb #a52e0340
 @app.command(hidden=True)
 def stage(
-    name: Annotated[str, typer.Argument(help='sft, rl, grpo or baselines')],
-    start: Annotated[int, typer.Option(help='The SFT checkpoint that RL starts from.')] = 0,
+    name: Annotated[str, typer.Argument(help='Stage: sft, rl, grpo or baselines.')],
+    start: Annotated[int, typer.Option(help='SFT checkpoint that RL starts from.')] = 0,
     profile: Annotated[str, typer.Option()] = 'tiny',
     set: Annotated[list[str], typer.Option('--set')] = [],
     task: Annotated[str, typer.Option()] = 'general_points',
@@ -229,11 +227,11 @@ def docs(
     out: Annotated[
         str, typer.Option(metavar='DIR', help='Directory of the site (default: build/docs/site in the repository).')
     ] = '',
-    open: Annotated[bool, typer.Option('--open', help='Show it in a browser.')] = False,
+    open: Annotated[bool, typer.Option('--open', help='Open the site in a browser.')] = False,
 ):
-    "The notebooks as a site, with an API page per module and search; every link is checked."
+    "Build the notebooks as a site, with an API page per module and search, and check every link."
     from rlheals.running.site import build_site
     try: folder = build_site(out)
     except RuntimeError as e: fail(e, 1)
-    typer.echo(f'every link works: {os.path.relpath(folder)}/index.html')
+    typer.echo(f'site built, every link works: {os.path.relpath(folder)}/index.html')
     if open: typer.launch(str(folder/'index.html'))

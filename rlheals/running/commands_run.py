@@ -17,21 +17,21 @@ from .command_line import app, fail, parse_tasks
 def reproduce(
     profile: Annotated[
         str,
-        typer.Option(help='What to run: tiny (all figures), quick (in a third of the time) or smoke (a test).'),
+        typer.Option(help='Profile: tiny (all figures), quick (in a third of the time), smoke (shows that all runs).'),
     ] = 'tiny',
     jobs: Annotated[
-        int, typer.Option(help='Jobs side by side (0: one per core), or in the queue at a time (0: 100).', min=0)
+        int, typer.Option(help='Number of jobs in parallel (0: one per core), or in the queue (0: 100).', min=0)
     ] = 0,
     executor: Annotated[
         str,
         typer.Option(
-            metavar='NAME', help='Where jobs run: local, or slurm; the settings cluster.* say what a job asks for.'
+            metavar='NAME', help='Where jobs run: local or slurm; the settings cluster.* give the resources of a job.'
         ),
     ] = 'local',
     set: Annotated[
         list[str],
         typer.Option(
-            '--set', metavar='KEY=VALUE', help='Change a setting; may be repeated. A wrong key lists the right ones.'
+            '--set', metavar='KEY=VALUE', help='Change a setting; may be repeated. A wrong key lists the valid ones.'
         ),
     ] = [],
     task: Annotated[
@@ -49,9 +49,9 @@ def reproduce(
             '--figure', metavar='NAME', help='Make only this figure and what it needs, like F1; may be repeated.'
         ),
     ] = [],
-    dry_run: Annotated[bool, typer.Option('--dry-run', help='Only list the jobs and estimate their time.')] = False,
+    dry_run: Annotated[bool, typer.Option('--dry-run', help='Only list the jobs and their estimated time.')] = False,
     repair: Annotated[
-        bool, typer.Option('--repair', help='Delete finished files that are damaged, and make them again.')
+        bool, typer.Option('--repair', help='Delete damaged files, and make them again.')
     ] = False,
     log: Annotated[
         str,
@@ -64,14 +64,14 @@ def reproduce(
         str,
         typer.Option(
             metavar='URL',
-            help='Also keep finished files there (s3://bucket/prefix, or a directory), and fetch from there what is '
-                 'missing here.',
+            help='Also copy finished files to this store (s3://bucket/prefix, or a directory), and fetch missing ones '
+                 'from it.',
         ),
     ] = '',
     publish: Annotated[
         bool,
         typer.Option(
-            '--publish', help='Then copy the figures and the ledger to where the repository keeps them, figures/.'
+            '--publish', help='Afterwards copy the figures and the ledger to figures/ in the repository.'
         ),
     ] = False,
     runs: Annotated[Path, typer.Option(help='Directory of all runs.')] = Path('runs'),
@@ -140,12 +140,12 @@ def _dry_run(run, seeds, targets, tasks, cores, console):
     from rlheals.core.environment import clock
     from rlheals.running.plan import makespan, plan, seconds
     jobs = plan(run, seeds, targets, tasks)
-    table = Table('stage', 'task', 'jobs', 'about', title=f'{run.dir}: {len(jobs)} jobs to do')
+    table = Table('stage', 'task', 'jobs', 'time', title=f'{run.dir}: {len(jobs)} jobs to do')
     for rule, task in dict.fromkeys((j.rule, j.task) for j in jobs):
         mine = [j for j in jobs if (j.rule, j.task) == (rule, task)]
         table.add_row(
             rule,
-            task or 'together',
+            task or 'all tasks',
             f'{len(mine)}: '
             + ', '.join(j.name.removeprefix(f'{rule}-') for j in mine[:12])
             + ' ...' * (len(mine) > 12),
@@ -157,19 +157,19 @@ def _dry_run(run, seeds, targets, tasks, cores, console):
 # %% ../../nbs/6_running/16_commands_run.ipynb #c5d6c97a
 @app.command()
 def plan(
-    profile: Annotated[str, typer.Option(help='Which profile.')] = 'tiny',
+    profile: Annotated[str, typer.Option(help='Profile of the run.')] = 'tiny',
     gpus: Annotated[
-        int, typer.Option(help='GPUs that share the work (0: those of this machine, or its processors).', min=0)
+        int, typer.Option(help='Number of GPUs that share the work (0: those of this machine, or its CPU).', min=0)
     ] = 0,
     gpu: Annotated[
-        str, typer.Option(help='Which GPU: h100, h200, a100, l40s, rtx4090 (default: the one that is here).')
+        str, typer.Option(help='GPU: h100, h200, a100, l40s or rtx4090 (default: that of this machine).')
     ] = '',
-    task: Annotated[str, typer.Option('--task', metavar='NAME', help='For which task.')] = 'general_points',
+    task: Annotated[str, typer.Option('--task', metavar='NAME', help='Task of the run.')] = 'general_points',
     set: Annotated[
         list[str], typer.Option('--set', metavar='KEY=VALUE', help='A changed setting; may be repeated.')
     ] = [],
 ):
-    """What a run takes, for one task and seed: memory by part, time and disk by stage.
+    """Estimate what a run takes, for one task and seed: memory by part, time and disk by stage.
 
     Exits with status 1 if the run cannot fit."""
     from rich.console import Console
@@ -198,17 +198,17 @@ def _plan_tables(run, device, n, on_gpu, console):
             *(f'{f.parts[k] / 2**30:.2f}' if k in f.parts else '' for f in peaks.values()),
             end_section=k == parts[-1],
         )
-    table.add_row('in all', *(f'[bold]{f.total / 2**30:.2f}[/]' for f in peaks.values()))
+    table.add_row('total', *(f'[bold]{f.total / 2**30:.2f}[/]' for f in peaks.values()))
     table.add_row(f'of {device.memory / 2**30:.1f}', *(f'{f.total / device.memory:.0%}' for f in peaks.values()))
     console.print(table)
-    if on_gpu: console.print('Of activations and cache only the larger counts: they are not there at the same time.')
+    if on_gpu: console.print('Activations and cache do not exist at the same time: only the larger counts.')
     console.print('\nTime and disk, for one task and seed')
-    table, total = Table('stage', 'about', 'disk'), 0.
+    table, total = Table('stage', 'time', 'disk'), 0.
     for s in STAGES:
         took, disk = seconds_of(run, s, device, run.processes(s), on_gpu), disk_of(run, s)
         total += took
         table.add_row(s, _about(took), size(disk) if disk else '')
-    table.add_row('in all', _about(total), size(sum(disk_of(run, s) for s in STAGES)))
+    table.add_row('total', _about(total), size(sum(disk_of(run, s) for s in STAGES)))
     console.print(table)
 
 # %% ../../nbs/6_running/16_commands_run.ipynb #d118edd8
@@ -218,11 +218,11 @@ def _about(s):  # seconds in a suitable unit
 # %% ../../nbs/6_running/16_commands_run.ipynb #ec2d03c5
 @app.command()
 def status(
-    profile: Annotated[str, typer.Option(help='Which run.')] = 'tiny',
+    profile: Annotated[str, typer.Option(help='Profile of the run.')] = 'tiny',
     task: Annotated[
         list[str],
         typer.Option(
-            '--task', metavar='NAME', help='Which tasks, as for reproduce (default: all that have been begun).'
+            '--task', metavar='NAME', help='Tasks, as for reproduce (default: all that have been started).'
         ),
     ] = [],
     set: Annotated[
@@ -230,7 +230,7 @@ def status(
     ] = [],
     runs: Annotated[Path, typer.Option(help='Directory of all runs.')] = Path('runs'),
 ):
-    "What a run has: its stages with their seeds, sizes and ages."
+    "List the stages of a run, with their seeds, sizes and ages."
     import time
     from rich.console import Console
     from rich.table import Table
@@ -244,9 +244,9 @@ def status(
     except ValueError as e: fail(e)
     if not found.files.sum():
         fail(
-            f'{run.dir} has nothing yet: make it with `rlheals reproduce`, or name another --profile, --set or --runs'
+            f'{run.dir} is empty: start the run with `rlheals reproduce`, or choose another --profile, --set or --runs'
         )
-    table = Table('task', 'stage', 'seeds done', 'begun', 'files', 'size', 'newest', title=str(run.dir))
+    table = Table('task', 'stage', 'seeds done', 'started', 'files', 'size', 'newest', title=str(run.dir))
     table.columns[0].no_wrap = True
     for t, rows in found[(found.files > 0) | ~found.stage.isin(ON_REQUEST)].groupby('task', sort=False):
         for i, r in enumerate(rows.to_dict('records')):

@@ -32,7 +32,7 @@ def judgeable(run: Run) -> str:
     missing = [e for e in ('values', 'random') if e not in edits] + ['interpolation'] * (
         not {'interpolation', 'matched'} & {*edits}
     )
-    if len(starts) < 3: return f'rl.starts={starts} are too few for a window (C4): give at least 3'
+    if len(starts) < 3: return f'rl.starts must name at least 3 checkpoints for the window of C4, got {starts}'
     return f"surgery.edits={edits} lacks the controls of C7: add {', '.join(missing)}" if missing else ''
 
 # %% ../../nbs/6_running/10_ledger.ipynb #8491b2ec
@@ -72,11 +72,10 @@ def check_ledger(
     Raises `ValueError` if the settings do not allow a ledger, or with the command that makes missing tables."""
     if 0 < seeds < SEEDS:
         raise ValueError(
-            f'--seeds {seeds} are too few: a verdict needs at least {SEEDS}, seed 0 which chooses and three that are '
-            'judged'
+            f'--seeds must be at least {SEEDS} (seed 0 for selection, three to be judged) or 0 for all, got {seeds}'
         )
     for r in variants(run, 1, tasks):
-        if lack := judgeable(r): raise ValueError(f'there can be no ledger of this run: {lack}')
+        if lack := judgeable(r): raise ValueError(f'the ledger cannot be made from this run: {lack}')
     out = {
         t: seeds or max(SEEDS, seeds_there(replace(run, task_name=t)), _judged_before(run, t))
         for t in tasks or [run.task_name]
@@ -84,8 +83,8 @@ def check_ledger(
     for t, n in out.items():
         if gone := [p for p in claim_inputs(run, n, [t]) if not p.exists()]:
             raise ValueError(
-                f'a verdict on {t} from {n} seeds (0 chooses, the others are judged) lacks {len(gone)} tables, like '
-                f'{gone[0]}: make them with\n  {command(run, [t], n)}\nor with --run'
+                f'{len(gone)} of the tables for a verdict on {t} from {n} seeds (0 for selection, the others judged) '
+                f'are missing, like {gone[0]}: make them with\n  {command(run, [t], n)}\nor add --run'
             )
     return out
 
@@ -233,7 +232,7 @@ def read_published(
         for t in tasks or sorted(record['seeds'], key=lambda t: [*TASKS, t].index(t)):
             if t not in record['seeds']:
                 raise ValueError(
-                    f"the ledger in {folder} has nothing on {t}, but on {', '.join(record['seeds'])}: make it with\n  "
+                    f"the ledger in {folder} covers {', '.join(record['seeds'])}, but not {t}: make it with\n  "
                     f"{command(run, [t], SEEDS)}"
                 )
             then, now = (

@@ -81,14 +81,14 @@ def cancel_jobs(
         left = first = queued(base)
     except ChainError as e:
         raise ChainError(
-            f'jobs of a run in {base} may still be in a queue. {e}. Try it where squeue works; if that cluster is no '
-            f'more, delete {note}'
+            f'jobs of a run in {base} may still be in a queue. {e}. Try again on a machine where squeue works; if that '
+            f'cluster no longer exists, delete {note}'
         ) from e
     while left:
         if time.time() > until:
             raise ChainError(
-                f"SLURM's jobs {', '.join(left)} work in {base} and do not end: see squeue, and try again when they "
-                "are gone"
+                f"the SLURM jobs {', '.join(left)} in {base} were cancelled but do not end: check squeue, and try "
+                "again when they are gone"
             )
         _ask('scancel', *left); time.sleep(1)
         left = queued(base)
@@ -103,7 +103,7 @@ def check_executor(
     "Raise `ValueError` unless this machine can run jobs with an executor."
     if name not in ('local', 'slurm'):
         raise ValueError(
-            f'there is no executor {name!r}: use local or slurm (others, like kubernetes, by calling Snakemake: '
+            f'--executor must be local or slurm, got {name!r} (for others, like kubernetes, call Snakemake yourself: '
             'nbs/pages/cluster.ipynb)'
         )
     if name == 'local': return
@@ -113,14 +113,14 @@ def check_executor(
         )
     if missing := [c for c in ('sbatch', 'squeue', 'scancel', 'sinfo') if not shutil.which(c)]:
         raise ValueError(
-            f"--executor slurm needs SLURM's {', '.join(missing)}, which this machine has not: run it on a login node "
-            "of a cluster, or try it on one machine with .ci/slurm"
+            f"--executor slurm needs SLURM's {', '.join(missing)}, which this machine does not have: run it on a login "
+            "node of a cluster, or try it on one machine with .ci/slurm"
         )
     try: there = _ask('sinfo', '--noheader', '--format=%R').split()
     except ChainError as e: raise ValueError(f'--executor slurm: {e}') from e
     if partition and partition not in there:
         raise ValueError(
-            f"cluster.partition={partition!r} is no partition of this cluster: use one of {', '.join(there)}"
+            f"cluster.partition must be one of {', '.join(there)}, the partitions of this cluster, got {partition!r}"
         )
 
 # %% ../../nbs/6_running/05_locking.ipynb #0beff6fe
@@ -147,11 +147,11 @@ def lock_run(
             if who
             else 'another process'
         )
-        raise ChainError(f'{base} is in use by {by}: wait for it, or choose another --runs') from e
+        raise ChainError(f'{base} is in use by {by}: wait for it, or choose another directory with --runs') from e
     except OSError as e:
         raise ChainError(
-            f'cannot write in {base} ({e.strerror}): make room or give the right to write there, or choose another '
-            'directory with --runs'
+            f'cannot write in {base} ({e.strerror}): free some space or make it writable, or choose another directory '
+            'with --runs'
         ) from e
     with lock:
         if n := end_workers(base): say(f'ended {n} processes that a killed run had left in {base}')

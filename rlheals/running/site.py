@@ -134,7 +134,7 @@ def build_site(
     root = Path(root or ROOT)
     out = Path(out or root/'build'/'docs'/'site').resolve()
     if out.exists() and any(out.iterdir()) and not (out/'search').is_dir():
-        raise RuntimeError(f'{out} has other files in it, which a build would delete: name another directory')
+        raise RuntimeError(f'{out} contains other files, which a build would delete: choose another directory')
     command = [sys.executable, '-P', '-m', 'mkdocs', 'build', '--strict', '--site-dir', str(out)]
     env = os.environ | dict(NO_MKDOCS_2_WARNING='1')
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)

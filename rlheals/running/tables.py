@@ -178,7 +178,7 @@ def check_kept(
 ):
     "Raise `ValueError` if the repository keeps no figures of such a run."
     if run.dir.name not in KEPT:
-        raise ValueError(f'the repository keeps figures of {" and ".join(KEPT)}, not of {run.dir.name}')
+        raise ValueError(f'the repository keeps only figures of {" and ".join(KEPT)}, not of {run.dir.name}')
 
 # %% ../../nbs/6_running/02_tables.ipynb #befc6049
 def publish(
@@ -191,9 +191,9 @@ def publish(
     own, kept = figures_dir(replace(run, task_name=HOME)), published_dir(replace(run, task_name=HOME))
     check_kept(run)
     records = sorted(own.rglob('*.json'))
-    if not records: raise ValueError(f'nothing has been drawn in {own}: `rlheals reproduce` does it')
+    if not records: raise ValueError(f'there are no figures in {own}: make them with `rlheals reproduce`')
     if bad := [f for r in records for f in damaged_outputs(r)]:
-        raise ValueError(f'{bad[0]} is not what its record says: draw it again, then publish it')
+        raise ValueError(f'{bad[0]} differs from its record (SHA-256): draw it again, then publish it')
     files = [r.with_name(f) for r in records for f in (*json.loads(r.read_text())['outputs'], r.name)]
     for f in files:
         with complete(kept/f.relative_to(own)) as tmp: shutil.copyfile(f, tmp)

@@ -69,7 +69,7 @@ def solve_all(
     hands = sorted({tuple(sorted(map(int, h))) for h in hands})
     found, n = {h: [] for h in hands}, len(hands[0]) if hands else 4
     if not 2 <= n <= 5 or any(len(h) != n or not 1 <= x <= 99 for h in hands for x in h):
-        raise ValueError(f'hands must have 2 to 5 values of 1 to 99, all as many: {hands[:3]}')
+        raise ValueError(f'hands must be of equal size, with 2 to 5 values between 1 and 99, got {hands[:3]}')
     v = np.array([p for h in hands for p in sorted(set(permutations(h)))], dtype=np.int64)
     owner, ops = [tuple(row) for row in np.sort(v).tolist()], np.array(list(product(range(4), repeat=n - 1)))
     for tree, shape in zip(_trees(n), bracketings(n)):
@@ -99,7 +99,7 @@ def solve(
     target: int = 24,
 ) -> tuple[str, ...]:
     "All fully bracketed formulas that use each value once and equal the target exactly."
-    if not 2 <= len(values) <= 5: raise ValueError(f'a hand has 2 to 5 values, got {len(values)}: {values}')
+    if not 2 <= len(values) <= 5: raise ValueError(f'a hand must have 2 to 5 values, got {values}')
     return _solve(tuple(sorted(map(int, values))), target)
 
 # %% ../../nbs/1_tasks/04_formulas.ipynb #c99a0c9b

@@ -53,7 +53,7 @@ def _without(have, used):  # the multiset `have` minus `used`, or None if `used`
 # %% ../../nbs/1_tasks/06_general_points.ipynb #d74b74cf
 def _face_rule(values, name):  # [11, 12, 13] -> values of J, Q and K
     if len(values) != 3 or not all(isinstance(v, int) and 1 <= v <= 99 for v in values):
-        raise ValueError(f'{name}={values} does not work: it must be three whole numbers of 1 to 99, for J, Q and K')
+        raise ValueError(f'task.{name} must be three integers between 1 and 99, for J, Q and K, got {values}')
     return dict(zip(FACES, values))
 
 # %% ../../nbs/1_tasks/06_general_points.ipynb #a385daa1
@@ -91,11 +91,11 @@ class GeneralPoints(Task):
         ood_rule=(11, 12, 13),  # values of J, Q and K out of distribution
         face_share: float = 0.,  # share of face cards in training and ID hands (0: all hands equally likely)
     ):
-        if checks not in CHECKS: raise ValueError(f'checks={checks!r} does not work: it must be {" or ".join(CHECKS)}')
-        if not 2 <= cards <= 5: raise ValueError(f'cards={cards} does not work: a hand has 2 to 5 cards')
-        if not 1 <= target <= 999: raise ValueError(f'target={target} does not work: it must be 1 to 999')
+        if checks not in CHECKS: raise ValueError(f'task.checks must be {" or ".join(CHECKS)}, got {checks!r}')
+        if not 2 <= cards <= 5: raise ValueError(f'task.cards must be between 2 and 5, got {cards}')
+        if not 1 <= target <= 999: raise ValueError(f'task.target must be between 1 and 999, got {target}')
         if not 0 <= face_share < 1:
-            raise ValueError(f'face_share={face_share} does not work: it must be a share of 0 to below 1')
+            raise ValueError(f'task.face_share must be at least 0 and below 1, got {face_share}')
         self.style, self.tries, self.checks, self.cards, self.target, self.face_share = (
             style,
             tries,
@@ -132,7 +132,7 @@ class GeneralPoints(Task):
             if not (hands := split_hands(split, self.cards, self.target, self.rule(split))):
                 raise ValueError(
                     f'no hand of {self.cards} cards in split {split!r} makes {self.target}: choose another target or '
-                    'rule'
+                    'other values of the face cards'
                 )
             weighted = self.face_share and not split.startswith('ood')
             self._hands[split] = hands, np.cumsum([self._weight(h) for h in hands]) if weighted else None
@@ -151,8 +151,8 @@ class GeneralPoints(Task):
             if in_split(tuple(sorted(cards, key=RANKS.index)), split, self.rule(split), self.target):
                 return self.problem(cards, split)
         raise ValueError(
-            f'10,000 hands of {self.cards} cards, and none in split {split!r} makes {self.target}: choose another '
-            'target or rule'
+            f'none of 10,000 random hands of {self.cards} cards in split {split!r} makes {self.target}: choose '
+            'another target or other values of the face cards'
         )
 
     def prompt(self, problem):

@@ -38,7 +38,8 @@ class TaskEnv(gymnasium.Env):
     ):
         self.task = task if isinstance(task, Task) else load_task(task, **options)
         self.task.check_split(split)
-        if render_mode not in (None, 'ansi'): raise ValueError(f"there is no render mode {render_mode!r}: use 'ansi'")
+        if render_mode not in (None, 'ansi'):
+            raise ValueError(f"render_mode must be None or 'ansi', got {render_mode!r}")
         self.split, self.render_mode, self.episode = split, render_mode, None
         self.observation_space, self.action_space = AnyText(), AnyText()
 
@@ -53,7 +54,8 @@ class TaskEnv(gymnasium.Env):
         "Take an answer; return (observation, reward, terminated, truncated, info)."
         if self.episode is None or self.episode.done(self.task):
             raise gymnasium.error.ResetNeeded('the episode is over: call reset() first')
-        if not isinstance(action, str): raise gymnasium.error.InvalidAction(f'an action is a text, not {action!r}')
+        if not isinstance(action, str):
+            raise gymnasium.error.InvalidAction(f'an action must be a string, got {action!r}')
         verdict = self.episode.answer(self.task, action)
         done = self.episode.done(self.task)
         return '' if done else self.episode.turns[-1], float(verdict.reward), done, False, self._info()

@@ -162,9 +162,9 @@ class Navigation(Task):
         turns: int = 2,  # turns of a route
         longest: int = 2,  # longest street, in steps
     ):
-        if checks not in CHECKS: raise ValueError(f'checks={checks!r} does not work: it must be {" or ".join(CHECKS)}')
-        if not 1 <= turns <= 8: raise ValueError(f'turns={turns} does not work: a route has 1 to 8 turns')
-        if not 1 <= longest <= 9: raise ValueError(f'longest={longest} does not work: a street has 1 to 9 steps')
+        if checks not in CHECKS: raise ValueError(f'task.checks must be {" or ".join(CHECKS)}, got {checks!r}')
+        if not 1 <= turns <= 8: raise ValueError(f'task.turns must be between 1 and 8, got {turns}')
+        if not 1 <= longest <= 9: raise ValueError(f'task.longest must be between 1 and 9, got {longest}')
         self.style, self.tries, self.checks, self.turns, self.longest, self.words = (
             style,
             tries,

@@ -39,33 +39,33 @@ def check_task(
     for split in task.splits:
         problems = [task.sample(seeded(k, 'check'), split) for k in range(n)]
         assert problems == [task.sample(seeded(k, 'check'), split) for k in range(n)], (
-            f'{split}: the same seed gives other problems'
+            f'{split}: sampling with the same seed must give the same problem'
         )
         keys[split] = {p.key for p in problems}
         for start in problems:
             assert start.split == split and start.task == task.name, (
-                f'{split}: {start} says it is of another split or task'
+                f'{split}: a problem must name its own split and task, got {start}'
             )
             for p in steps(task, start):
                 answer = task.expert(p, seeded(0))
                 v = task.verify(p, answer)
                 assert v.correct and not v.error and not v.reason, (
-                    f"the expert's answer is not accepted: {answer!r}, {v}"
+                    f"verify must accept the expert's answer {answer!r}, got {v}"
                 )
-                assert v.reward == sum(v.parts.values()), f'the reward is not the sum of its parts: {v}'
+                assert v.reward == sum(v.parts.values()), f'the reward must be the sum of its parts, got {v}'
                 for text in (*HOSTILE, answer[:-1], answer[1:], answer[::-1]):
                     v = task.verify(p, text)
                     assert v.reward == sum(v.parts.values()), (
-                        f'the reward is not the sum of its parts: {v}, for {text!r}'
+                        f'the reward must be the sum of its parts, got {v} for {text!r}'
                     )
                     assert set(v.by) == set(task.criteria), (
-                        f'every verdict must say what each of {task.criteria} says: {v}'
+                        f'a verdict must report each criterion of {task.criteria}, got {v}'
                     )
                     assert not v.error or task.errors[v.error] in ('format', 'rule', 'solving'), (
-                        f'{v.error!r} is not a key of errors'
+                        f'the class of error {v.error!r} must be format, rule or solving'
                     )
                     assert v.correct or v.reason and v.error and task.followup(p, v), (
-                        f'a wrong answer without a reason: {text!r}, {v}'
+                        f'a wrong answer must get a reason, an error and a follow-up, got {v} for {text!r}'
                     )
     for a in keys:
         for b in keys:

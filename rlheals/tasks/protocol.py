@@ -110,11 +110,11 @@ def load_task(
     "Make a task by name; raise `ValueError` for an unknown name or an invalid option."
     cls, known = _task_class(name), task_options(name)
     if unknown := set(options) - set(known):
-        raise ValueError(f"task {name!r} has no option {', '.join(sorted(unknown))}: it takes {', '.join(known)}")
+        raise ValueError(f"task {name!r} has no option {', '.join(sorted(unknown))}: use {', '.join(known)}")
     if options.get('style', STYLES[0]) not in STYLES:
-        raise ValueError(f"there is no prompt style {options['style']!r}: use {' or '.join(STYLES)}")
+        raise ValueError(f"task.style must be {' or '.join(STYLES)}, got {options['style']!r}")
     if options.get('tries', 1) < 1:
-        raise ValueError(f"tries={options['tries']} does not work: at least one answer is needed")
+        raise ValueError(f"task.tries must be at least 1, got {options['tries']}")
     return cls(**options)
 
 # %% ../../nbs/1_tasks/01_protocol.ipynb #9cff6e59

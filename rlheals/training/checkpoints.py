@@ -55,13 +55,13 @@ def _glance(path, whole):
     except (OSError, ValueError) as e:
         raise wrong(f'its config.json cannot be read [{e}]', 'give a directory that save_pretrained wrote') from e
     try: shapes = _shapes(path)
-    except Exception as e: raise wrong(f'its weights cannot be read [{e}]', 'give a whole model.safetensors') from e
+    except Exception as e: raise wrong(f'its weights cannot be read [{e}]', 'give a complete model.safetensors') from e
     if not shapes: raise wrong('it has no model.safetensors', 'save it again with save_pretrained, which writes one')
     for k in ('hidden_size', 'n_embd', 'intermediate_size'):
         if isinstance(n := config.get(k), int) and not any(n in s for s in shapes.values()):
             raise wrong(
-                f'by its config.json {k} is {n}, and its weights are of another shape',
-                'give the config.json that belongs to them',
+                f'its config.json has {k}={n}, but its weights have other shapes',
+                'give the config.json that belongs to the weights',
             )
     words = [
         n
@@ -79,7 +79,7 @@ def _glance(path, whole):
             ) from e
         if tokens > config.get('vocab_size', tokens):
             raise wrong(
-                f"its tokenizer has {tokens} tokens and the model embeds only {config['vocab_size']}",
+                f"its tokenizer has {tokens} tokens, but the model embeds only {config['vocab_size']}",
                 'give the tokenizer that it was trained with',
             )
     count = sum(math.prod(s) for s in shapes.values())
@@ -88,7 +88,7 @@ def _glance(path, whole):
             for n in f.keys():
                 if f.get_slice(n).get_dtype() in ('F32', 'F16', 'F64') and not np.isfinite(f.get_tensor(n)).all():
                     raise wrong(
-                        f'{n} has values that are not finite numbers', 'give a checkpoint from before they came about'
+                        f'{n} has infinite or NaN values', 'give an earlier checkpoint, from before they appeared'
                     )
     return count
 
@@ -115,6 +115,6 @@ def check_model(
         model_info(str(name), timeout=3)
     except Exception as e:  # no such name, no permission, no network: each has its own class
         raise ValueError(
-            f'the model {str(name)!r} is not on this machine and cannot be had from the Hugging Face hub: check its '
-            f'name and the network, or give {LOADABLE} [{str(e).splitlines()[0]}]'
+            f'the model {str(name)!r} is not on this machine and cannot be downloaded from the Hugging Face hub: check '
+            f'its name and the network, or give {LOADABLE} [{str(e).splitlines()[0]}]'
         ) from e

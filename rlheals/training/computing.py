@@ -63,7 +63,7 @@ def halving(
             if rows <= 1 or not should_reduce_batch_size(e): raise
         clear_device_cache(garbage_collection=True)  # outside the handler, as the error holds the tensors
         rows = rows // 2
-        print(f'out of memory: {what} goes on with {rows} at a time', flush=True)
+        print(f'out of memory: {what} continues in batches of {rows}', flush=True)
 
 # %% ../../nbs/2_training/01_computing.ipynb #3a2d815c
 def in_parts(
@@ -114,7 +114,7 @@ def pick_device(
     # one of several processes
     if name == 'cuda' and 'LOCAL_RANK' in os.environ: return f"cuda:{os.environ['LOCAL_RANK']}"
     if name.split(':')[0] not in have:
-        raise ValueError(f"device {name!r} is not on this machine: use one of {', '.join(have)}, or 'auto'")
+        raise ValueError(f"this machine has no device {name!r}: use one of {', '.join(have)}, or 'auto'")
     return name
 
 # %% ../../nbs/2_training/01_computing.ipynb #6dddb719

@@ -54,15 +54,15 @@ def train_grpo(
     c, chat, rows = settings, bool(tokenizer.chat_template), []
     if c['responses'] % c['minibatch'] or c['minibatch'] % c['generations']:
         raise ValueError(
-            f"grpo.responses={c['responses']} must be a multiple of grpo.minibatch={c['minibatch']}, and that of "
-            f"grpo.generations={c['generations']}"
+            f"grpo.responses={c['responses']} must be a multiple of grpo.minibatch={c['minibatch']}, and "
+            f"grpo.minibatch a multiple of grpo.generations={c['generations']}"
         )
     n = processes(model.device.type).num_processes
     micro_batch = micro_batch or c['minibatch'] // n
     if c['minibatch'] % (micro_batch * n):
         raise ValueError(
-            f"grpo.minibatch={c['minibatch']} cannot be shared by {n} processes, {micro_batch} at a time: choose a "
-            f"multiple of {micro_batch * n}"
+            f"grpo.minibatch must be a multiple of {micro_batch * n} ({n} processes with {micro_batch} responses at a "
+            f"time), got {c['minibatch']}"
         )
     per_update = c['responses'] // c['minibatch'] * c['epochs']  # optimiser steps
     problems = training_problems(task, c['updates'] * c['responses'] // c['generations'], seed)
@@ -185,7 +185,7 @@ def grpo_stage(
                 tok,
             )
 
-    if us.num_processes == 1: (log, model, tok), _ = halving(attempt, c['grpo']['minibatch'], 'GRPO begins anew, and')
+    if us.num_processes == 1: (log, model, tok), _ = halving(attempt, c['grpo']['minibatch'], 'GRPO starts again and')
     else: log, model, tok = attempt(shared_rows(c, us.num_processes))
     keep_end(run, 'grpo', start, model, tok, grpo=log)
     return log

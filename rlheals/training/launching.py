@@ -30,8 +30,8 @@ def launch(
 
         if n > torch.cuda.device_count():
             raise ValueError(
-                f'{stage}.processes={n}, but this machine has {torch.cuda.device_count()} GPUs: use at most as many, '
-                'or model.device=cpu'
+                f'{stage}.processes must be at most {torch.cuda.device_count()}, the number of GPUs of this machine, '
+                f'got {n}: use fewer, or model.device=cpu'
             )
     scale = run.config['scale']
     how = ['--multi_gpu', '--mixed_precision', 'no']

@@ -133,17 +133,17 @@ def load_model(
         k[0] if isinstance(k, tuple) else k for k in found['mismatched_keys']
     ):
         raise ValueError(
-            f'the weights of {str(name)!r} are not those of its config.json: {len(lost)} are missing or of another '
-            f'shape, like {lost[0]}: give a checkpoint that is whole, with its own config.json'
+            f'the weights of {str(name)!r} do not match its config.json: {len(lost)} are missing or have another '
+            f'shape, like {lost[0]}: give a complete checkpoint with its own config.json'
         )
     if wrong := next((n for n, p in model.named_parameters() if not local_shard(p).isfinite().all()), None):
         raise ValueError(
-            f'{wrong} in the model {str(name)!r} has values that are not finite numbers: give a checkpoint from before '
-            'they came about'
+            f'{wrong} in the model {str(name)!r} has infinite or NaN values: give an earlier checkpoint, from before '
+            'they appeared'
         )
     if tok and len(tok) > (rows := model.get_input_embeddings().num_embeddings):
         raise ValueError(
-            f'the tokenizer of {str(name)!r} has {len(tok)} tokens and the model embeds only {rows}: give the '
+            f'the tokenizer of {str(name)!r} has {len(tok)} tokens, but the model embeds only {rows}: give the '
             'tokenizer that the model was trained with'
         )
     model.unused = sorted(found['unexpected_keys'])  # tensors in the files that the architecture does not use

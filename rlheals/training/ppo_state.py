@@ -59,7 +59,7 @@ def _read(file):  # what `save_state` wrote; nothing if it is damaged
         if not damaged(file):
             return torch.load(Path(file)/'rest.pt' if Path(file).is_dir() else file, weights_only=True)
     except Exception: pass  # torch and pickle have a class each for what can be wrong
-    print(f'{file} is damaged: training begins anew')
+    print(f'{file} is damaged: training starts again from the beginning')
     return {}
 
 # %% ../../nbs/2_training/15_ppo_state.ipynb #44407365

@@ -82,7 +82,7 @@ def pretrain(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if unknown := set(changes) - set(PRETRAINING):
-        raise ValueError(f'unknown settings {sorted(unknown)}: use {", ".join(PRETRAINING)}')
+        raise ValueError(f'unknown settings of pretraining, {", ".join(sorted(unknown))}: use {", ".join(PRETRAINING)}')
     c = PRETRAINING | changes
     set_up_torch(c['threads'], seed=c['seed'])
     tok, began, losses = world_tokenizer(), time.time(), {}

@@ -43,7 +43,7 @@ def split_changes(
 # %% ../../nbs/2_training/07_rules.ipynb #01eff5c9
 def _check_key(key, text, task, keys):  # an unknown one is refused with the nearest that exist
     if key in keys: return
-    if key == 'task.name': raise ValueError(f'{key}={text}: the task is not a setting, use --task {text}')
+    if key == 'task.name': raise ValueError(f'task.name is not a setting: choose the task with --task {text}')
     near = difflib.get_close_matches(key, keys, 3, .5)
     hint = f": did you mean {' or '.join(near)}?" if near else ''
     raise ValueError(f"there is no setting {key!r}{hint}\nThe settings of {task} are: {', '.join(keys)}")
@@ -133,11 +133,13 @@ def _check_task(c, given):
     options = {k: v for k, v in given.items() if k.startswith('task.')} or c['task']
     said = ', '.join(f'{k}={v!r}' for k, v in options.items())
     try: splits = [s for s in load_task(**c['task']).splits if s != 'train']
-    except ValueError as e: raise ValueError(f"the task {c['task']['name']} does not accept {said}: {e}") from e
+    except ValueError as e:
+        if str(e).startswith('task.'): raise  # it names the setting itself
+        raise ValueError(f"the task {c['task']['name']} does not accept {said}: {e}") from e
     wanted = c['eval']['splits']
     parts = sorted(s.startswith('ood') for s in wanted)
     if parts != [False, True] or not set(wanted) <= set(splits):
-        rule = f"one split in distribution and one out of it, of {', '.join(splits)}, like id,ood"
+        rule = f"one ID and one OOD split out of {', '.join(splits)}, like id,ood"
         raise _refusal('eval.splits', rule, wanted)
 
 # %% ../../nbs/2_training/07_rules.ipynb #b3acd140

@@ -76,10 +76,10 @@ def train_sft(
     )
     if c['batch_size'] % n:
         raise ValueError(
-            f"sft.batch_size={c['batch_size']} cannot be shared by {n} processes: choose a multiple of {n}"
+            f"sft.batch_size must be a multiple of {n}, the number of processes, got {c['batch_size']}"
         )
     if not len(train):
-        raise ValueError('there is nothing to train on: the training set is empty (see sft.examples and the task)')
+        raise ValueError('the training set is empty: check sft.examples, and that the task has training problems')
     lower = f"lower sft.learning_rate={c['learning_rate']}"
 
     class Checkpoints(TrainerCallback):

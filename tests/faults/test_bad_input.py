@@ -120,7 +120,7 @@ SETTINGS = [  # setting, and what the message must say beside its name
     ('cluster.other_hours=NaN', 'above 0'),
     ('model.name=model.gguf', 'a .gguf file'),
     ('task.style=haiku', 'style'),
-    ('task.name=rank', 'use --task rank'),
+    ('task.name=rank', 'with --task rank'),
     ('base.steps=100', 'model.name=anew'),
     ('model.name=my model', 'a .gguf file, a name on the hub'),
     ('model.name=/no/such/place', 'a .gguf file, a name on the hub'),
@@ -145,11 +145,11 @@ WORDS = [  # what is given on the command line
     (['--seeds', '0'], 'seeds'),
     (['--jobs', '-1'], 'jobs'),
     (['--log', 'paper'], 'tensorboard'),
-    (['--set', 'model.device=cuda'], "device 'cuda' is not on this machine"),
+    (['--set', 'model.device=cuda'], "this machine has no device 'cuda'"),
     (['--runs', 'file'], 'file'),
     (
         ['--set', 'model.name=Qwen/Qwen2.5-7B-Instruct'],
-        'not on this machine and cannot be had from the Hugging Face hub: check its name and the network',
+        'not on this machine and cannot be downloaded from the Hugging Face hub: check its name and the network',
     ),
 ]
 
@@ -258,15 +258,15 @@ MODELS = {  # what is done to a model, and what must be said of it
     'weights that are text': (lambda p: (p / 'model.safetensors').write_text('not weights'), 'weights cannot be read'),
     'weights of another architecture': (
         edit_json('config.json', model_type='gpt2', architectures=['GPT2LMHeadModel'], n_embd=128, n_head=4, n_layer=4),
-        'missing or of another shape',
+        'missing or have another shape',
     ),
-    'weights of another shape': (edit_json('config.json', intermediate_size=200), 'another shape'),
+    'weights of another shape': (edit_json('config.json', intermediate_size=200), 'other shapes'),
     'a matrix missing': (
         weights(lambda w: w.pop('model.layers.1.mlp.up_proj.weight')),
         'model.layers.1.mlp.up_proj.weight',
     ),
     'not a number': (weights(lambda w: w['model.norm.weight'].__setitem__(0, float('nan'))), 'model.norm.weight'),
-    'infinity': (weights(lambda w: w['model.norm.weight'].__setitem__(0, float('inf'))), 'not finite'),
+    'infinity': (weights(lambda w: w['model.norm.weight'].__setitem__(0, float('inf'))), 'infinite or NaN'),
     'no tokenizer': (no_tokenizer, 'tokenizer'),
     'the tokenizer of another model': (larger_vocabulary, 'the model embeds only'),
     'a tokenizer that is no JSON': (
@@ -313,7 +313,7 @@ def test_checkpoints_that_do_not_fit_on_the_disk(tmp_path):
     with (
         patch.object(files.shutil, 'disk_usage', lambda path: usage._replace(free=1_000_000)),
         pytest.raises(
-            ValueError, match='the 6 checkpoints of this run need .* and the disk of .* has 1.0 MB left: free some'
+            ValueError, match='the disk of .* has only 1.0 MB left, but the 6 checkpoints of this run need .*: free'
         ),
     ):
         execute(run, say=lambda line: None)

@@ -133,7 +133,7 @@ def test_a_stage_asks_for_room_before_it_trains(tmp_path, stage):
     usage = files.shutil.disk_usage(tmp_path)
     with (
         patch.object(files.shutil, 'disk_usage', lambda path: usage._replace(free=1_000_000)),
-        pytest.raises(ValueError, match='need .* and the disk of .* has 1.0 MB left'),
+        pytest.raises(ValueError, match='the disk of .* has only 1.0 MB left, but .* need '),
     ):
         STAGES[stage](run)
     assert not run.path('tables').exists()
@@ -149,7 +149,7 @@ def test_a_state_that_is_damaged_is_not_gone_on_from(tmp_path, capsys):
     state = broken.path('partial', 'rl-000004.pt')
     data = bytearray(state.read_bytes()); data[len(data) // 2] ^= 1; state.write_bytes(data)
     rl_stage(broken, 4)
-    assert 'is damaged: training begins anew' in capsys.readouterr().out and not state.exists()
+    assert 'is damaged: training starts again from the beginning' in capsys.readouterr().out and not state.exists()
     for name in ('rl-000004', 'advantages-000004'):
         assert whole.table(name).read_bytes() == broken.table(name).read_bytes()
     assert (whole.checkpoint('rl', 4) / 'model.safetensors').read_bytes() == (
