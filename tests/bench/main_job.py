@@ -48,11 +48,15 @@ def run(checkout, folder, settings):
     if done.returncode: sys.exit(f'{checkout}: {done.stdout[-2000:]}{done.stderr[-2000:]}')
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     spent = sum(getattr(after, k) - getattr(before, k) for k in ('ru_utime', 'ru_stime'))
-    stages = {}
+    stages, starting = {}, 0.
     for f in folder.rglob('notebooks/*.ipynb'):
         stage = f.stem.split('-')[0] if f.stem[1:].isdigit() is False else 'figures'
-        took = json.loads(f.read_text())['metadata']['papermill']['duration']
+        notebook = json.loads(f.read_text())
+        took = notebook['metadata']['papermill']['duration']
         stages[stage] = stages.get(stage, 0.) + took
+        # a notebook's time outside its cells: its processes start and end
+        starting += took - sum(c['metadata'].get('papermill', {}).get('duration') or 0 for c in notebook['cells'])
+    print(f'{checkout}: {starting / sum(stages.values()):.0%} of the time of all jobs is starting and ending processes')
     return spent, stages
 
 
