@@ -47,7 +47,7 @@ def _config(name):  # `config.json` of a model
             file = Path(hf_hub_download(str(path), 'config.json'))
         except Exception as e:
             raise UnknownShape(
-                f'the shape of {str(name)!r} is not known: its config.json is not here and cannot be had from the hub: '
+                f'the shape of {str(name)!r} is not known: its config.json is neither here nor on the hub: '
                 f'give a directory that has it [{str(e).splitlines()[0]}]'
             ) from e
     found = json.loads(file.read_text())

@@ -119,7 +119,7 @@ def execute(
                 return _work(here, seeds, jobs, targets, tasks, todo, start, say, live, executor, keep) if todo else 0
         except OSError as e:
             raise ChainError(
-                f'cannot write in {here.dir} ({e.strerror}): make room or give the right to write there; the same '
+                f'cannot write in {here.dir} ({e.strerror}): free disk space or change its permissions; the same '
                 'command goes on'
             ) from e
 
@@ -212,7 +212,7 @@ def _no_writing(todo):  # directories and disks that jobs could not write to, wh
         for d in sorted(closed)
         if d.parent not in closed
     ] + [
-        f'the disk of {d} is full (No space left on device): make room, and the same command goes on'
+        f'the disk of {d} is full (No space left on device): free some space, and the same command continues'
         for d in sorted(there)[:1]
         if shutil.disk_usage(d).free < 1e6
     ]
