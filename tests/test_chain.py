@@ -173,7 +173,8 @@ def test_a_second_call_does_nothing(home, run):
             'tables/eval-rl-00.parquet',
             {
                 'tables/eval-rl-00.parquet',
-                *(f'figures/{f}.{e}' for f in ('F1', 'F5', 'S5') for e in ('png', 'svg', 'csv')),
+                'tables/surgery-impose.parquet',  # one of its ends is RL_End
+                *(f'figures/{f}.{e}' for f in ('F1', 'F5', 'F12', 'S5') for e in ('png', 'svg', 'csv')),
             },
         ),
         (
@@ -183,7 +184,8 @@ def test_a_second_call_does_nothing(home, run):
                 'tables/rl-000002.parquet',
                 'tables/advantages-000002.parquet',
                 'tables/eval-rl-00.parquet',
-                *(f'figures/{f}.{e}' for f in ('F1', 'F5', 'F6', 'S5') for e in ('png', 'svg', 'csv')),
+                'tables/surgery-impose.parquet',
+                *(f'figures/{f}.{e}' for f in ('F1', 'F5', 'F6', 'F12', 'S5') for e in ('png', 'svg', 'csv')),
             },
         ),
     ],
