@@ -54,6 +54,7 @@ def _config(name):  # `config.json` of a model
     return found | found.get('text_config', {})
 
 # %% ../../nbs/6_running/03_memory.ipynb #9f76599b
+_WANTED = ('num_hidden_layers', 'hidden_size', 'intermediate_size', 'num_attention_heads', 'vocab_size')
 @lru_cache(maxsize=8)
 def shape(
     name,  # name or directory of a model, as for `load_model`
@@ -62,8 +63,7 @@ def shape(
 
     Of a vision-language model this is the language part."""
     c = _config(name)
-    wanted = ('num_hidden_layers', 'hidden_size', 'intermediate_size', 'num_attention_heads', 'vocab_size')
-    if missing := [k for k in wanted if k not in c]:
+    if missing := [k for k in _WANTED if k not in c]:
         raise UnknownShape(
             f"the config.json of {str(name)!r} has no {', '.join(missing)}: only the shapes of Llama-like models are "
             "known"
@@ -72,8 +72,7 @@ def shape(
 
 # %% ../../nbs/6_running/03_memory.ipynb #e011dd2a
 def _shape(c):  # from the contents of a `config.json`
-    wanted = ('num_hidden_layers', 'hidden_size', 'intermediate_size', 'num_attention_heads', 'vocab_size')
-    n, h, m, a, V = (c[k] for k in wanted)
+    n, h, m, a, V = (c[k] for k in _WANTED)
     k, d = c.get('num_key_value_heads') or a, c.get('head_dim') or h // a
     extra = 8 if c.get('cross_attention_layers') else 0  # Mllama has eight more input than output embeddings
     crossing = len(c.get('cross_attention_layers') or ())  # these layers have two more norms and two gates
@@ -83,6 +82,7 @@ def _shape(c):  # from the contents of a `config.json`
     return Shape(n, h, m, a, k, d, V, total)
 
 # %% ../../nbs/6_running/03_memory.ipynb #954a65df
+@lru_cache(maxsize=64)  # called for each job when times are estimated; a failure may ask the hub
 def shape_of(
     run: Run,  # run with the model
 ) -> Shape:  # of a model that is not Llama-like: zeros, but for the number of parameters

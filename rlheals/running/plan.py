@@ -208,7 +208,7 @@ def seconds(job: Job, run: Run) -> float:
     "A rough estimate of the time of a job, in seconds."
     start = STARTS.get(job.rule, 2)
     if job.rule not in COSTS: return start
-    (device, gpus), here = this_device(), replace(run, task_name=job.task)
+    (device, gpus), here = this_device(), replace(run, task_name=job.task) if job.task else run
     return start + seconds_of(here, job.rule, device, run.processes(job.rule), gpus > 0, job.name)
 
 # %% ../../nbs/6_running/07_plan.ipynb #4ae9023f

@@ -168,7 +168,8 @@ def generate(
     import torch
     answers, was_training = {}, model.training
     model.eval()
-    chance = _chances([seed] * len(contexts) if isinstance(seed, int) else seed, first, max_new_tokens)
+    seeds = seed if isinstance(seed, list) else [seed] * len(contexts)
+    chance = _chances(seeds, first, max_new_tokens)
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))  # similar lengths together: less padding
     known, new = [kept.layers(name, c) if kept else [] for name, c in zip(names or contexts, contexts)], {}
     if kept: kept.rows = {}  # what does not go on is not needed any more

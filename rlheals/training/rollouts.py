@@ -49,7 +49,7 @@ def play(
 ) -> list[Episode]:
     "Play one complete episode per problem."
     episodes = [Episode.start(task, p) for p in problems]
-    seeds, turn, kept = [seed] * len(problems) if isinstance(seed, int) else seed, 0, Kept()
+    seeds, turn, kept = seed if isinstance(seed, list) else [seed] * len(problems), 0, Kept()
     while still := [i for i, e in enumerate(episodes) if not e.done(task)]:
         now = [seeds[i] + turn for i in still]
         answer_all(model, tokenizer, task, [episodes[i] for i in still], max_new_tokens, temperature, now, kept=kept)
