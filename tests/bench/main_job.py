@@ -31,10 +31,10 @@ REDUCED = (  # of the default job: fewer of everything, which takes some ten min
     'eval.splits=[id,ood_dev]',
     'task.tries=5',
 )
-COMMAND = """import sys; sys.argv[0] = 'rlheals'
-try: from rlheals.running.cli import app
-except ImportError: from rlheals.cli import app  # an earlier checkout
-app()"""
+def named(checkout, *modules):
+    """The first of these modules that a checkout has: what is missing in one would be found in another that is
+    installed here to be edited."""
+    return next(m for m in modules if (checkout/m.replace('.', '/')).with_suffix('.py').exists())
 
 
 def run(checkout, folder, settings):
@@ -42,8 +42,10 @@ def run(checkout, folder, settings):
     words = ['reproduce', '--jobs', '1', '--runs', folder/'runs', *(w for s in settings for w in ('--set', s))]
     env = os.environ | dict(PYTHONPATH=str(checkout), HF_HUB_OFFLINE='1', PYTHONSAFEPATH='1')
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    module = named(checkout, 'rlheals.running.cli', 'rlheals.cli')
+    command = f'import sys; sys.argv[0] = "rlheals"; from {module} import app; app()'
     done = subprocess.run(
-        [sys.executable, '-c', COMMAND, *map(str, words)], env=env, cwd=folder, capture_output=True, text=True
+        [sys.executable, '-c', command, *map(str, words)], env=env, cwd=folder, capture_output=True, text=True
     )
     if done.returncode: sys.exit(f'{checkout}: {done.stdout[-2000:]}{done.stderr[-2000:]}')
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -62,10 +64,8 @@ def run(checkout, folder, settings):
 
 def known(checkout, settings):
     "Those of the settings that a checkout has."
-    code = '''import json
-try: from rlheals.training.rules import load_profile
-except ImportError: from rlheals.profiles import load_profile  # an earlier checkout
-print(json.dumps(load_profile("tiny")))'''
+    module = named(checkout, 'rlheals.training.rules', 'rlheals.profiles')
+    code = f'import json; from {module} import load_profile; print(json.dumps(load_profile("tiny")))'
     env = os.environ | dict(PYTHONPATH=str(checkout), PYTHONSAFEPATH='1')
     has = json.loads(subprocess.run([sys.executable, '-c', code], env=env, stdout=subprocess.PIPE, check=True).stdout)
     names = {f'{section}.{key}' for section, values in has.items() for key in values}
