@@ -3,34 +3,44 @@ import json, re, shutil, subprocess
 from pathlib import Path
 import pandas as pd
 import pytest
+from scipy import stats
 from typer.testing import CliRunner
 from rlheals.running.plan import snakemake
 from rlheals.running.tables import publish
 from rlheals.results.claims import CLAIMS
 from rlheals.running.cli import app
-from rlheals.running.ledger import (check_ledger, judge_tasks, make_inputs, markdown, read_published, read_run,
+from rlheals.running.ledger import (PUBLISHED, check_ledger, judge_tasks, make_inputs, markdown, read_published, read_run,
                                     write_made_up)
 from rlheals.training.runs import Run
-from rlheals.results.made_up_runs import DESIGNS, WORLD, Design, Runs
-from rlheals.results.trials import false_positives, power
+from rlheals.results.made_up_runs import DESIGNS, UNKIND, WORLD, Runs
+from rlheals.results.trials import FALSE_HERE, false_positives, false_refutations, power
 
 ROOT = Path(__file__).parents[1]
 
 
+def unlucky(wrong, n, level=.05):
+    "Whether a share of `n` runs is more than chance allows at a true share of `level`."
+    return stats.binomtest(round(wrong * n), n, level, alternative='greater').pvalue < 1e-4
+
+
+@pytest.mark.parametrize('world', ['kind', *UNKIND])
 @pytest.mark.parametrize('name', DESIGNS)
-def test_what_is_false_is_not_called_replicated(name):
-    """In at most 5 % of 1,000 ledgers, for every claim and whichever of its parts is false, all else being as in the
-    paper."""
-    found = false_positives(DESIGNS[name], 1000)
-    assert set(c for c, _ in found) == set(CLAIMS)
-    assert max(found.values()) <= .05, {k: v for k, v in found.items() if v > .05}
+def test_what_is_false_is_not_called_supported_nor_what_is_true_refuted(name, world):
+    """In at most 5 % of the ledgers, for every claim and whichever of its parts is false, all else being as in the
+    paper; also where seeds have heavy tails, share their problems, or differ in when they peak."""
+    n = 500 if world == 'kind' else 200
+    design = DESIGNS[name]._replace(world=DESIGNS[name].world | UNKIND.get(world, {}))
+    found = false_positives(design, n)
+    assert {c for c, _ in found} == {*CLAIMS, 'any'}
+    assert not {k: v for k, v in found.items() if unlucky(v, n)}
+    assert not unlucky(false_refutations(design, n)['any'], n)
 
 
 def test_what_the_paper_reports_is_seen():
-    "With the seeds that the chapter on trials says are needed on GeneralPoints."
-    for seeds, claims in ((5, 'C1 C5 C6 C8 C9'), (6, 'C2'), (8, 'C4 C10'), (10, 'C3'), (16, 'C7')):
-        strong = power(Design(seeds, 234, WORLD), 300)
-        assert all(strong[c] >= .8 for c in claims.split()), (seeds, strong)
+    "With the seeds that are registered for GeneralPoints."
+    strong = power(DESIGNS['GeneralPoints'], 400)
+    weak = {c: p for c, p in strong.items() if c not in FALSE_HERE and p < .8}
+    assert DESIGNS['GeneralPoints'].seeds == PUBLISHED['general_points'] - 1 and not weak, weak
 
 
 @pytest.fixture(scope='module')
@@ -63,7 +73,7 @@ def test_command_prints_and_writes(root):
     folder = root.parent/'figures'/'own'/'tiny'
     table = pd.read_csv(folder/'ledger.csv')
     assert (
-        len(table) == 20
+        len(table) == 2 * len(CLAIMS)
         and set(table.task) == {'general_points', 'rank'}
         and len(pd.read_csv(folder / 'ledger_parts.csv')) == 2 * sum(len(c.parts) for c in CLAIMS.values())
     )
@@ -102,9 +112,9 @@ def test_run_asks_the_chain_for_what_is_missing(root, monkeypatch):
     monkeypatch.setattr('rlheals.running.ledger.execute', keep)
     make_inputs(run, ['rank'])
     assert asked == []
-    run.table('spectra').unlink()
+    run.table('change').unlink()
     make_inputs(run, ['rank'], 4)
-    assert asked == [(4, ['rank/seed0/tables/spectra.parquet'], ['rank'])]
+    assert asked == [(4, ['rank/seed0/tables/change.parquet'], ['rank'])]
 
 
 def test_a_deleted_run_is_made_again_and_judged(root, monkeypatch):
@@ -184,15 +194,18 @@ def test_the_chain_has_the_ledger_from_four_seeds_on(tmp_path):
 
 def test_what_is_published_is_what_the_command_wrote():
     "The README's table of verdicts is what `rlheals claims` finds in the episodes beside the figures."
-    path = ROOT/'figures'/'ledger.csv'
-    if not path.exists(): pytest.skip('no ledger is published yet')
+    path, readme = ROOT/'figures'/'ledger.csv', (ROOT/'README.md').read_text()
+    assert path.exists() != ('No seed has been judged by these rules yet' in readme)
+    assert all(f'| {c} | {claim.says} |' in readme for c, claim in CLAIMS.items())
+    if not path.exists(): return
     text = markdown(pd.read_csv(path))
-    assert (ROOT/'figures'/'ledger.md').read_text() == text and text.split('\n\n')[0] in (ROOT/'README.md').read_text()
+    assert (ROOT/'figures'/'ledger.md').read_text() == text and text.split('\n\n')[0] in readme
     assert markdown(judge_tasks(read_published(Run('tiny', root=ROOT/'runs'), earlier=True))[0]) == text
+
 
 def test_verdicts_beside_the_figures_are_the_commands():
     """The gallery says of each claim, under each figure that bears on it, what `rlheals claims` finds in the episodes
-    beside the figures."""
+    beside the figures; nothing as long as there are none."""
     from rlheals.running.figures import FIGURES
     from rlheals.results.style import TASK_NAMES
     cells = json.loads((ROOT/'nbs'/'gallery.ipynb').read_text())['cells']
@@ -202,14 +215,17 @@ def test_verdicts_beside_the_figures_are_the_commands():
         for o in c.get('outputs', [])
         if 'text/markdown' in o.get('data', {})
     )
-    found = judge_tasks(read_published(Run('tiny', root=ROOT / 'runs'), earlier=True))[0].set_index(['claim', 'task'])[
-        'verdict'
-    ]
+    published = (ROOT/'figures'/'ledger.npz').exists()
+    assert published or 'Verdicts: ' not in text
+    found = {}
+    if published:
+        claims, _ = judge_tasks(read_published(Run('tiny', root=ROOT / 'runs'), earlier=True))
+        found = claims.set_index(['claim', 'task'])['verdict']
     said = 0
     for part in re.split(r'^### ', text, flags=re.M)[1:]:
         figure = part.split(':')[0]
-        for claim, verdicts in re.findall(r'\*\*(C\d+)\*\* \([^)]*\): ([^.;]*)', part):
+        for claim, verdicts in re.findall(r'\*\*(C\d+[abc]?)\*\* \([^)]*\): ([^.;]*)', part):
             assert claim in FIGURES[figure].claims
             assert verdicts == ', '.join(f'{TASK_NAMES[t]} {v}' for t, v in found[claim].items()), (figure, claim)
             said += 1
-    assert said == sum(len(f.claims) for f in FIGURES.values())
+    assert said == published * sum(len(f.claims) for f in FIGURES.values())

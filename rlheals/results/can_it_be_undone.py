@@ -62,7 +62,7 @@ def _by_rank(data):
     return fig, data
 
 # %% ../../nbs/4_results/10_can_it_be_undone.ipynb #94e4f2ad
-@figure('surgery', name='F10', title='Restoration by rank', claims=('C7',))
+@figure('surgery', name='F10', title='Restoration by rank', claims=('C7a', 'C7b'))
 def f10(tables):
     """Accuracy of the target model after the donor's directions are put back, by the share of the rank that is
     replaced, with controls (95 % intervals). Lines across: the target and the donor as they are. Directions and values
@@ -108,7 +108,7 @@ def _block_key(block):  # all layers last, others by their first layer, short bl
     return (1, 0, 0) if block == 'all' else (0, int(last or first) - int(first), int(first))
 
 # %% ../../nbs/4_results/10_can_it_be_undone.ipynb #25225b33
-@figure('surgery', name='F11', title='Restoration by layers', claims=('C7',))
+@figure('surgery', name='F11', title='Restoration by layers', claims=('C7a',))
 def f11(tables):
     """Accuracy of the target model after the donor's directions are put back in some layers only, and, as the official
     code does it, the donor's whole matrices of these layers with embeddings and head (95 % intervals). Lines across:

@@ -26,7 +26,7 @@ def _above(x, gap):  # stretches (left, right) of x where the polyline of gap is
 
 # %% ../../nbs/4_results/06_does_rl_heal.ipynb #ffcf3f6a
 @figure('evaluation', 'baselines', name='F1', title='OOD accuracy along SFT, and after RL from each checkpoint',
-        claims=('C1', 'C3', 'C4'))
+        claims=('C1', 'C3a', 'C3b', 'C4'))
 def f1(tables):
     """OOD accuracy along SFT, and after RL from each checkpoint (95 % intervals).
 
@@ -214,7 +214,7 @@ def _landmark_bars(ax, e, others):  # bars of one task; the table drawn
     return data.drop(columns='y')
 
 # %% ../../nbs/4_results/06_does_rl_heal.ipynb #0a2d8a47
-@figure('evaluation', 'baselines', name='F5', title='The three checkpoints the paper names', claims=('C1', 'C3'),
+@figure('evaluation', 'baselines', name='F5', title='The three checkpoints the paper names', claims=('C1', 'C3a', 'C3b'),
         across_tasks=True)
 def f5(tables):
     """Accuracy of the SFT checkpoint with the best OOD accuracy, of the last one, and of what starts from the last

@@ -48,7 +48,7 @@ def claims(
         ),
     ] = False,
 ):
-    "Judge the paper's ten claims by the tables of a run, seed by seed: replicated, not replicated or inconclusive."
+    "Judge the claims by the tables of a run: supported, refuted, undecided or not testable here."
     from rich.console import Console
     from rlheals.core.environment import ChainError
     from rlheals.running.tables import HOME, published_dir, variants
@@ -98,7 +98,7 @@ def claims(
 # %% ../../nbs/6_running/18_commands_results.ipynb #f2c9c5d3
 def _show(found, console):
     from rich.table import Table
-    colours = {'replicated': 'green', 'not replicated': 'red', 'inconclusive': 'yellow'}
+    colours = {'supported': 'green', 'refuted': 'red', 'undecided': 'yellow', 'not testable here': 'bright_black'}
     for t, rows in found.groupby('task', sort=False):
         table = Table(
             '',

@@ -151,9 +151,9 @@ def gallery(
 # %% ../../nbs/6_running/12_gallery.ipynb #5aeeae3f
 STORY = (
     ('F2', 'Does SFT forget?', 'C1'),
-    ('F1', 'Does RL heal?', 'C3'),
+    ('F1', 'Does RL heal?', 'C3b'),
     ('F9', 'Is it the rotation of the singular vectors?', 'C6'),
-    ('F10', 'Can it be undone by putting directions back?', 'C7'),
+    ('F10', 'Can it be undone by putting directions back?', 'C7a'),
 )
 
 # %% ../../nbs/6_running/12_gallery.ipynb #00de21c3
@@ -183,9 +183,8 @@ def made_with(
     if not old: return ''
     commits = ', '.join(sorted({records[f]['commit'][:7] for f in old if records[f]['commit']}))
     return (
-        f'**The figures and verdicts kept here are those of an earlier run** (commits {commits}), under another '
-        'criterion and other settings: a run of today gives others, '
-        'which are published once the rules that judge them are registered.'
+        f'**The figures kept here are those of an earlier run** (commits {commits}), under another criterion and other '
+        'settings: a run of today gives others. They are replaced when the registered run is complete.'
     )
 
 # %% ../../nbs/6_running/12_gallery.ipynb #1acf0c7a

@@ -41,12 +41,16 @@ def readme(
 def ledger_of(
     folder,  # directory with `ledger.csv`
 ) -> str:
-    "The verdicts by task as a Markdown table, from the ledger of `rlheals claims`; empty if there is none."
+    """The verdicts by task as a Markdown table, from the ledger of `rlheals claims`; without one, the claims that are
+    registered."""
     import pandas as pd
+    from rlheals.results.claims import CLAIMS
     from rlheals.running.ledger import markdown
     path = Path(folder)/'ledger.csv'
     # the effects behind the verdicts are in `ledger.md`
-    return markdown(pd.read_csv(path)).split('\n\n')[0] if path.exists() else ''
+    if path.exists(): return markdown(pd.read_csv(path)).split('\n\n')[0]
+    says = '\n'.join(f'| {c} | {claim.says} |' for c, claim in CLAIMS.items())
+    return f'**No seed has been judged by these rules yet.**\n\n| claim | it says |\n| --- | --- |\n{says}'
 
 # %% ../../nbs/6_running/13_readme.ipynb #ff8f32fa
 PARTS = {  # directory in `nbs/` -> summary of its chapters
