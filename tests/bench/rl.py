@@ -51,6 +51,29 @@ grpo = c['grpo'] | dict(updates=4)
 assert ppo['envs'] * ppo['turns'] == grpo['responses'] and ppo['epochs'] == grpo['epochs']
 
 
+class LinearLayers(torch.overrides.TorchFunctionMode):
+    "Notes the shapes of all linear layers' products, and whether gradients pass through them."
+    def __init__(self): super().__init__(); self.seen = []
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        if f is torch.nn.functional.linear:
+            x, W = args[:2]
+            self.seen.append((x.numel() // x.shape[-1], *W.shape[::-1], torch.is_grad_enabled()))
+        return f(*args, **(kwargs or {}))
+
+
+def products_alone(shapes):
+    "Seconds of the matrix products of these layers, forward and, where gradients pass, backward, and of nothing else."
+    made = {}
+    for m, k, n, _ in shapes:
+        if (m, k, n) not in made: made[m, k, n] = torch.randn(m, k), torch.randn(k, n), torch.randn(m, n)
+    started = time.perf_counter()
+    for m, k, n, trained in shapes:
+        x, W, y = made[m, k, n]
+        torch.mm(x, W)
+        if trained: torch.mm(y, W.T); torch.mm(x.T, y)
+    return time.perf_counter() - started
+
+
 def updates(train, task, settings):
     "Seconds of each update after the first, which pays for setting up."
     ticks = []
@@ -70,6 +93,14 @@ for style, what in (
     print(
         f"an update of {grpo['responses']} responses, {ppo['epochs']} epochs, {what}: PPO here {ours:.2f} s, TRL's "
         f"GRPOTrainer {theirs:.2f} s, {theirs / ours:.1f} times as long"
+    )
+    ends = []
+    with LinearLayers() as layers:
+        train_ppo(fresh()[0], tok, task, ppo, 40, progress=lambda *_: ends.append(len(layers.seen)))
+    least = statistics.median(products_alone(layers.seen[ends[-2]:ends[-1]]) for _ in range(5))
+    print(
+        f'  roofline: the matrix products of such an update alone take {least:.2f} s; with nothing else, PPO would be '
+        f'{theirs / least:.1f} times as fast as TRL'
     )
 
 task, taken = Run('tiny').task(), []  # with all its tries: prompts grow, and turns of an episode share their beginnings
