@@ -78,6 +78,7 @@ def test_everything_is_there(home, run):
         'S3',
         'S4',
         'S5',
+        'S6',
     }
     said = (home/'said').read_text()
     assert 'rl-000002' in said and 'left' in said

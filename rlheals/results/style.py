@@ -30,6 +30,7 @@ EDITS = {  # of `surgery`: label, colour, marker, line; controls are quieter
     'interpolation': ('interpolated weights (control)', '#B8892B', 'D', (0, (4, 2))),
     'matched': ('interpolated as far (control)', '#7A5C1E', 'd', (0, (3, 1, 1, 1))),
     'random': ('random directions (control)', '#56A0C8', '^', (0, (1, 1))),
+    'random_matched': ('random rotation of equal size (control)', '#2F6F8F', '<', (0, (5, 1, 1, 1))),
     'parameters': ('as many parameters (control)', '#3C7A57', 'P', (0, (2, 1))),
     'whole': ('whole matrices, embeddings, head (official code)', '#4B4B4B', 'h', (0, (2, 2))),
     'other_seed': ('directions of another seed (control)', '#C44E52', 'X', (0, (4, 1, 1, 1)))}
