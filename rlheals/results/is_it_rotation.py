@@ -176,7 +176,6 @@ def reading_s6(data):
     both = lambda what, edit: f"OOD accuracy by {say(what, edit, 'ood')} and ID accuracy by {say(what, edit, 'id')}"
     return (
         f"SFT_End's directions, at {100 * dose:.0f} % of the rank, change SFT_MaxOOD's {both('change', 'directions')}; "
-        f"a {edit_label('random_matched')} changes {both('change', 'random_matched')}. On the same episodes the first "
-        f"is {say('than random', 'directions', 'ood')} of OOD accuracy away from the second, and "
-        f"{say('than random', 'directions', 'id')} of ID accuracy."
+        f"a {edit_label('random_matched')} changes {both('change', 'random_matched')}. Compared with that rotation on the "
+        f"same episodes, the directions change {both('than random', 'directions')}."
     )
