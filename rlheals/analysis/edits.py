@@ -163,15 +163,15 @@ class _Geodesic:
         Q = torch.linalg.qr(outside[:, :n] - A @ (A.T @ outside[:, :n]))[0]  # projected twice, against rounding
         R = Q.T @ outside
         K = torch.cat([torch.cat([(inside - inside.T) / 2**.5, R]), torch.cat([-R.T, A.new_zeros(n, n)])], 1)
-        speed = K[:, :k].norm() / k**.5  # a frame of one vector in one dimension cannot turn
-        self.k, self.basis = k, torch.cat([A, Q], 1)
-        self.rates, self.vectors = torch.linalg.eigh(1j * K / speed if speed > 0 else 1j * K)
+        if speed := K[:, :k].norm() / k**.5: K /= speed  # 0: one vector in one dimension cannot turn
+        squares, self.E = torch.linalg.eigh(K.T @ K)
+        self.k, self.w, self.KE, self.basis = k, squares.clamp(min=0).sqrt(), K @ self.E, torch.cat([A, Q], 1)
 
     def moved(self, t, rows=None):
         "`exp(t K) - 1`, its first k columns; the 1 is taken off before rounding, for small t."
-        x, E = self.rates * t, self.vectors
-        change = -2 * (x / 2).sin() ** 2 - 1j * x.sin()
-        return ((E[:rows] * change) @ E[:self.k].mH).real
+        import math, torch
+        cosine, sine = -2 * (self.w * t / 2).sin() ** 2, t * torch.sinc(self.w * t / math.pi)
+        return (self.E[:rows] * cosine + self.KE[:rows] * sine) @ self.E[:self.k].T
 
     def at(self, t): return self.basis[:, :self.k] + self.basis @ self.moved(t)  # (m, k)
 
@@ -182,7 +182,7 @@ def _reach(length, distance, guess):
     from scipy.optimize import brentq
     tried, t = {0.: 0.}, min(guess, math.pi)
     while True:
-        if (far := length(t)) >= distance: return brentq(lambda s: length(s) - distance, max(tried), t, rtol=1e-10)
+        if (far := length(t)) >= distance: return brentq(lambda s: length(s) - distance, max(tried), t, rtol=1e-7)
         tried[t] = far
         if t >= math.pi: return max(tried, key=tried.get)
         t = min(1.15 * t, math.pi)

@@ -178,8 +178,8 @@ def _spectra(k, job):  # the values under noise, four draws for two pairs, take 
 @_cost
 def _surgery(k, job):
     edits = surgery_plan(job.removeprefix('surgery-'), k.config['surgery'], k.shape.layers)
-    turns = sum(e['edit'] == 'random_matched' for e in edits)  # the rotations are decomposed, of twice the size
-    return len(edits) * k.evaluate() + k.decompose(2 + 8 * turns)
+    turns = sum(e['edit'] == 'random_matched' for e in edits)  # its rotations take as long as about five decompositions
+    return len(edits) * k.evaluate() + k.decompose(2 + 5 * turns)
 @_cost
 def _drift(k, job): return k.score(2 * 3 * k.config['drift']['prompts'] * k.pair)
 @_cost
