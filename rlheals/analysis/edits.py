@@ -195,8 +195,9 @@ def rotate_matched(
     k_top: int,  # number of leading directions to turn
     seed: int = 0,  # seed of the rotation
 ) -> tuple:  # U (m, r), S (r), Vt (r, n)
-    """The target's decomposition with its top directions turned at random, such that the matrix moves as far as it would
-    if they were replaced by the donor's. If no turn along the random geodesics is that far, the farthest one tried."""
+    """The target's decomposition with its top directions turned at random, such that the matrix moves as far as it
+    would if they were replaced by the donor's. If no turn along the random geodesics is that far, the farthest one
+    tried."""
     import torch
     g, (Ut, S, Vt), wide = torch.Generator().manual_seed(seed), target, [x.double() for x in target]
     distance = (splice([x.double() for x in donor], wide, k_top) - reconstruct(wide)).norm().item()

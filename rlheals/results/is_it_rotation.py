@@ -112,8 +112,8 @@ def reading_f9(data):
 
     return (
         "After SFT_MaxOOD, the rank correlation of OOD accuracy with the mean principal angle is "
-        f"{say('base', 'the base')}, {say('max_ood', 'SFT_MaxOOD itself')} (-1: OOD accuracy falls as training goes on). "
-        f"The angle grows {'with every step' if grows else 'as training goes on'} there, so this is "
+        f"{say('base', 'the base')}, {say('max_ood', 'SFT_MaxOOD itself')} (-1: OOD accuracy falls as training goes "
+        f"on). The angle grows {'with every step' if grows else 'as training goes on'} there, so this is "
         f"{'' if grows else 'about '}the correlation with the step number and does not test rotation."
     )
 
@@ -146,9 +146,9 @@ def _across(ax, d):  # lines across for target and donor, with their intervals; 
 # %% ../../nbs/4_results/09_is_it_rotation.ipynb #759a6877
 @figure('peak', name='S6', title="SFT's directions imposed on the peak", claims=('C6',))
 def s6(tables):
-    """Accuracy of SFT_MaxOOD (target) with the directions of SFT_End (donor) imposed on it, by the share of the rank that
-    is replaced, and, as a control, with its own directions turned at random until every matrix is as far away (95 %
-    intervals). Lines across: both checkpoints as they are."""
+    """Accuracy of SFT_MaxOOD (target) with the directions of SFT_End (donor) imposed on it, by the share of the rank
+    that is replaced, and, as a control, with its own directions turned at random until every matrix is as far away
+    (95 % intervals). Lines across: both checkpoints as they are."""
     import matplotlib.pyplot as plt, pandas as pd
     data = _imposed(tables['peak'])
     fig, axes = plt.subplots(1, 2, figsize=(7, 2.9))
@@ -170,12 +170,12 @@ def s6(tables):
 # %% ../../nbs/4_results/09_is_it_rotation.ipynb #f3e25d83
 @s6.reads
 def reading_s6(data):
-    "What SFT_End's directions change of the accuracy of SFT_MaxOOD at the largest dose, and a random rotation as large."
+    "How the largest dose of SFT_End's directions changes the accuracy of SFT_MaxOOD, and a random rotation as large."
     dose = data[data.edit == _DOSED[0]].share.max()
     def say(what, edit, split): return in_points(rows_where(data, what=what, edit=edit, split=split, share=dose)[0])
     both = lambda what, edit: f"OOD accuracy by {say(what, edit, 'ood')} and ID accuracy by {say(what, edit, 'id')}"
     return (
         f"SFT_End's directions, at {100 * dose:.0f} % of the rank, change SFT_MaxOOD's {both('change', 'directions')}; "
-        f"a {edit_label('random_matched')} changes {both('change', 'random_matched')}. Compared with that rotation on the "
-        f"same episodes, the directions change {both('than random', 'directions')}."
+        f"a {edit_label('random_matched')} changes {both('change', 'random_matched')}. Compared with that rotation on "
+        f"the same episodes, the directions change {both('than random', 'directions')}."
     )

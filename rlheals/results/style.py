@@ -249,10 +249,14 @@ def kept(
     folder: str = '',  # in `figures/`; empty: the published one
     link: str = '../../figures',  # how the notebook reaches `figures/`
 ):
-    "A committed figure and what it shows, computed from the table behind it, to be displayed in a notebook."
+    """A committed figure and what it shows, computed from the table behind it, to be displayed in a notebook; where
+    none is committed yet, the command that makes it."""
     import pandas as pd
     from IPython.display import Markdown
     files, file = ROOT/'figures', f'{figure.name}.png'
+    if not (files/folder/file).exists():
+        command = f'`rlheals reproduce --figure {figure.name}`'
+        return Markdown(f'*{figure.title}*: {file} is not among the figures kept here yet; {command} makes it.')
     picture = f'![{figure.name}: {figure.title}]({link}/{folder}{"/" * bool(folder)}{file})'
     if not folder and (files/'reference'/file).exists():
         paper = f'![{figure.name}, numbers of the paper]({link}/reference/{file})'
