@@ -78,6 +78,7 @@ def test_everything_is_there(home, run):
         'S3',
         'S4',
         'S5',
+        'S6',
     }
     said = (home/'said').read_text()
     assert 'rl-000002' in said and 'left' in said
@@ -138,6 +139,17 @@ def test_tables_are_tidy(run):
                 and abs(update['normalised'].std() - (update['reward'].nunique() > 1)) < 1e-2
             )
     assert t['reward'].nunique() > 1
+
+
+def test_tables_of_the_weights(run):
+    c, change, peak = run.config, run.load('change'), run.load('surgery-peak')
+    assert list(change.columns) == ['task', 'seed', 'pair', 'layer', 'kind', 'of', 'value']
+    assert set(change['pair']) == {'SFT: end vs base', 'RL: rl_end vs end'} and set(change['of']) == {'update', 'noise'}
+    assert change['value'].between(0, 1, inclusive='neither').all()  # every matrix was trained, and a little
+    assert set(peak[['edit', 'share']].itertuples(index=False, name=None)) == {('none', 0), ('donor', 1)} | {
+        (e, s) for e in ('directions', 'random_matched') for s in c['surgery']['ranks']
+    }
+    assert peak.groupby(['edit', 'share', 'split', 'metric']).size().max() == c['eval']['episodes']
 
 
 def test_training_changes_the_weights(run):
@@ -315,6 +327,7 @@ def test_two_runs_do_not_mix(home, run):
         ('03_evaluate', dict(table='eval-rl-00')),
         ('04_spectra', {}),
         ('05_surgery', dict(sweep='layers')),
+        ('05_surgery', dict(sweep='peak')),
         ('05b_drift', {}),
         ('05d_explorer', {}),
         ('06_figures', dict(figure='F1')),

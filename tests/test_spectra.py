@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from rlheals.analysis.decomposition import svd
 from rlheals.analysis.rotation import (gap, group_angles, groups, orthonormal, principal_angles, rotation_split,
                                        subspace_distance)
-from rlheals.analysis.edits import TAKES, edit_matrix, reconstruct, splice, splices
+from rlheals.analysis.edits import TAKES, edit_matrix, reconstruct, rotate_matched, splice, splices
 from rlheals.training.settings import EDITS
 
 RAD = 1e-6  # how closely angles agree with SciPy
@@ -110,6 +110,20 @@ def test_surgery_has_known_ends(seed, shape, far, dtype):
     for edit in ('both', 'interpolation', 'parameters'): close(edit_matrix(donor, target, edit, r), D)
     for W, k in zip(splices(donor, target, list(range(r + 1)), 'both'), range(r + 1)):
         close(W, splice(donor, target, k, take='both').double())
+
+
+@settings(deadline=None, max_examples=60)
+@given(seeds, shapes, st.integers(1, 9), st.floats(1e-3, 1.), st.sampled_from(['float32', 'float64']))
+def test_a_random_rotation_is_as_far_as_the_directions(seed, shape, k, far, dtype):
+    T, k = normal(seed, *shape), min(k, *shape)
+    donor, target = svd(T + far * normal(seed + 1, *shape), dtype), svd(T, dtype)
+    U, S, Vt = turned = rotate_matched(donor, target, k, seed)
+    for A in (U[:, :k], Vt[:k].T): torch.testing.assert_close(A.T @ A, torch.eye(k).to(A), atol=1e-5, rtol=0)
+    assert torch.equal(S, target[1]) and torch.equal(U[:, k:], target[0][:, k:]) and torch.equal(Vt[k:], target[2][k:])
+    moved = lambda W: (W - reconstruct(target)).norm().item()
+    wanted, got = moved(splice(donor, target, k)), moved(reconstruct(turned))
+    if wanted < S[:k].norm(): assert got == pytest.approx(wanted, rel=2e-4 if dtype == 'float32' else 1e-6)
+    else: assert got < wanted * (1 + 1e-4)  # may be out of reach
 
 
 @settings(deadline=None, max_examples=40)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TAKES', 'PLACES', 'reconstruct', 'chosen', 'splice', 'polar', 'splices', 'interpolate', 'interpolate_matched',
-           'random_rotation', 'random_parameters', 'edit_matrix', 'how_far']
+           'random_rotation', 'random_parameters', 'rotate_matched', 'edit_matrix', 'how_far']
 
 # %% ../../nbs/3_analysis/10_edits.ipynb #07114a19
 from ..training.settings import EDITS
@@ -150,8 +150,72 @@ def random_parameters(
     out.view(-1)[i] = donor.reshape(-1)[i]
     return out
 
+# %% ../../nbs/3_analysis/10_edits.ipynb #e5f6d4e0
+class _Geodesic:
+    "The columns of a frame `A` (m, k) turned by `exp(t K)`, in the basis of `A` and random directions outside it."
+    def __init__(self, A, generator):
+        import torch
+        (m, k), n = A.shape, min(A.shape[1], len(A) - A.shape[1])
+        # drawn on the CPU, so that it is the same on every device
+        noise = torch.randn(m, k, generator=generator, dtype=torch.float64).to(A)
+        inside = A.T @ noise
+        outside = noise - A @ inside
+        Q = torch.linalg.qr(outside[:, :n] - A @ (A.T @ outside[:, :n]))[0]  # projected twice, against rounding
+        R = Q.T @ outside
+        K = torch.cat([torch.cat([(inside - inside.T) / 2**.5, R]), torch.cat([-R.T, A.new_zeros(n, n)])], 1)
+        if speed := K[:, :k].norm() / k**.5: K /= speed  # 0: one vector in one dimension cannot turn
+        squares, self.E = torch.linalg.eigh(K.T @ K)
+        self.k, self.w, self.KE, self.basis = k, squares.clamp(min=0).sqrt(), K @ self.E, torch.cat([A, Q], 1)
+
+    def moved(self, t, rows=None):
+        "`exp(t K) - 1`, its first k columns; the 1 is taken off before rounding, for small t."
+        import math, torch
+        cosine, sine = -2 * (self.w * t / 2).sin() ** 2, t * torch.sinc(self.w * t / math.pi)
+        return (self.E[:rows] * cosine + self.KE[:rows] * sine) @ self.E[:self.k].T
+
+    def at(self, t): return self.basis[:, :self.k] + self.basis @ self.moved(t)  # (m, k)
+
+# %% ../../nbs/3_analysis/10_edits.ipynb #7ee365a7
+def _reach(length, distance, guess):
+    "A t at which `length(t)` is `distance`; if it never is, the t of those tried where it is greatest."
+    import math
+    from scipy.optimize import brentq
+    tried, t = {0.: 0.}, min(guess, math.pi)
+    while True:
+        if (far := length(t)) >= distance: return brentq(lambda s: length(s) - distance, max(tried), t, rtol=1e-7)
+        tried[t] = far
+        if t >= math.pi: return max(tried, key=tried.get)
+        t = min(1.15 * t, math.pi)
+
+# %% ../../nbs/3_analysis/10_edits.ipynb #f28b719c
+@full_precision()
+def rotate_matched(
+    donor,  # decomposition U (m, r), S (r), Vt (r, n) of the donor
+    target,  # decomposition of the target, of the same shapes
+    k_top: int,  # number of leading directions to turn
+    seed: int = 0,  # seed of the rotation
+) -> tuple:  # U (m, r), S (r), Vt (r, n)
+    """The target's decomposition with its top directions turned at random, such that the matrix moves as far as it
+    would if they were replaced by the donor's. If no turn along the random geodesics is that far, the farthest one
+    tried."""
+    import torch
+    g, (Ut, S, Vt), wide = torch.Generator().manual_seed(seed), target, [x.double() for x in target]
+    distance = (splice([x.double() for x in donor], wide, k_top) - reconstruct(wide)).norm().item()
+    if not distance: return target
+    (U, s, V), k = wide, k_top
+    sides, s = [_Geodesic(U[:, :k], g), _Geodesic(V[:k].T, g)], s[:k]
+    def length(t):  # of the move: U S V^T turned on both sides, less itself, without taking one from the other
+        left, right = (side.moved(t, k) for side in sides)
+        squared = -2 * (s**2 @ (left + right).diagonal() + s @ (left * right) @ s)
+        return squared.clamp(min=0).sqrt().item()
+
+    t = _reach(length, distance, distance / (2**.5 * s.norm().item()))
+    left, right = (side.at(t).to(Ut) for side in sides)
+    return torch.cat([left, Ut[:, k:]], 1), S, torch.cat([right.T, Vt[k:]])
+
 # %% ../../nbs/3_analysis/10_edits.ipynb #5d9c4f55
 PLACES = ('top', 'tail', 'middle')
+_TURNS = dict(random=random_rotation, random_matched=rotate_matched)  # random rotations of the top directions
 
 # %% ../../nbs/3_analysis/10_edits.ipynb #eb84c4bd
 def edit_matrix(
@@ -159,19 +223,19 @@ def edit_matrix(
     target,  # decomposition of the target, of the same shapes
     edit: str,  # name of the edit, one of `EDITS`
     k: int,  # number of directions
-    seed: int = 0,  # seed of `random` and `parameters`
+    seed: int = 0,  # seed of `random`, `random_matched` and `parameters`
     where: str = 'top',  # place of the k directions in the spectrum: `top`, `tail` or `middle`
 ):  # (m, n)
-    """Edit one matrix. `interpolation` moves by k / r towards the donor, `matched` as far as `directions` would with
-    the same k, `whole` all the way for any k above 0."""
+    """Edit one matrix. `interpolation` moves by k / r towards the donor, `matched` and `random_matched` as far as
+    `directions` would with the same k, `whole` all the way for any k above 0."""
     if edit not in EDITS: raise ValueError(f'there is no edit {edit!r}: use one of {", ".join(EDITS)}')
     if where not in PLACES: raise ValueError(f'where must be one of {", ".join(PLACES)}, got {where!r}')
-    if edit == 'random' and where != 'top': raise ValueError(f"where must be 'top' for edit 'random', got {where!r}")
+    if edit in _TURNS and where != 'top': raise ValueError(f"where must be 'top' for edit {edit!r}, got {where!r}")
     ks = dict(k_top=0) | {f'k_{where}': k}
     if edit == 'whole': return reconstruct(donor if k else target)
     if edit in TAKES: return splice(donor, target, take=edit, **ks)
     if edit == 'orthogonal': return splice(donor, target, orthogonal=True, **ks)
-    if edit == 'random': return reconstruct(random_rotation(donor, target, k, seed))
+    if edit in _TURNS: return reconstruct(_TURNS[edit](donor, target, k, seed))
     D, T = reconstruct(donor), reconstruct(target)
     if edit == 'interpolation': return interpolate(D, T, k / len(donor[1]))
     if edit == 'parameters': return random_parameters(D, T, k, seed)

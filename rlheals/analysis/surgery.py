@@ -73,7 +73,7 @@ class Surgery:
         edit: str = 'directions',  # name of the edit, one of `EDITS`
         share: float = .5,  # share of each matrix's full rank to edit
         layers=None,  # decoder layers to edit; `None`: all, embeddings and head included
-        seed: int = 0,  # seed of `random` and `parameters`; every matrix draws its own numbers
+        seed: int = 0,  # seed of `random`, `random_matched` and `parameters`; every matrix draws its own numbers
         kinds=None,  # kinds of matrices to edit; `None`: all
         where: str = 'top',  # place of the directions in the spectrum: `top`, `tail` or `middle`
     ) -> dict:
@@ -148,13 +148,13 @@ def operate(*,  # by keyword only: donor and target are easily swapped
     edit: str,  # name of the edit, one of `EDITS`
     share: float,  # share of each matrix's full rank to edit
     layers=None,  # decoder layers to edit; `None`: all 2-D weights
-    seed: int = 0,  # seed of `random` and `parameters`
+    seed: int = 0,  # seed of `random`, `random_matched` and `parameters`
 ) -> dict:
     "The edited tensors of one edit; for several edits of the same pair, make one `Surgery`."
     return Surgery(donor_weights, target_weights).edit(edit, share, layers, seed)
 
 # %% ../../nbs/3_analysis/11_surgery.ipynb #72db3acd
-SWEEPS = ('rank', 'layers', 'impose', 'seed')
+SWEEPS = ('rank', 'layers', 'impose', 'peak', 'seed')
 
 # %% ../../nbs/3_analysis/11_surgery.ipynb #d93acdcb
 def surgery_plan(
@@ -169,6 +169,7 @@ def surgery_plan(
     by_layers = lambda edits: [dict(edit=e, share=1., layers=b) for e in edits for b in blocks]
     if sweep == 'rank': return ends + by_rank([e for e in c['edits'] if e != 'whole'])
     if sweep == 'impose': return ends + by_rank([e for e in c['edits'] if e not in ('both', 'interpolation', 'whole')])
+    if sweep == 'peak': return ends + by_rank(['directions', 'random_matched'])
     if sweep == 'layers':
         return ends + by_layers([e for e in c['edits'] if e in ('directions', 'values', 'matched', 'whole')])
     return by_rank(['directions']) + by_layers(['directions'])
@@ -181,6 +182,7 @@ def surgery_ends(
     "The checkpoints of donor and target in a sweep."
     best, end = lambda r: r.checkpoint('sft', landmarks(r.load(*evaluation_parts(r, 'sft')))['max_ood']), run.sft_end
     if sweep == 'impose': return run.checkpoint('sft', end), run.checkpoint('rl', end)
+    if sweep == 'peak': return run.checkpoint('sft', end), best(run)
     if sweep == 'seed' and run.seed == run.first_seed:
         raise ValueError(
             f'the donor of another seed is the previous seed, and seed {run.seed} has none: use seed {run.seed + 1}'
@@ -201,7 +203,8 @@ def evaluated(
 # %% ../../nbs/3_analysis/11_surgery.ipynb #b86879c2
 def surgery_stage(
     run: Run,
-    # `rank`, `layers`, `impose` (directions of SFT_End put into RL_End) or `seed` (donor from the previous seed)
+    # `rank`, `layers`, `impose` (directions of SFT_End put into RL_End), `peak` (into SFT_MaxOOD) or `seed` (donor from
+    # the previous seed)
     sweep: str,
     progress=lambda done, total: None,
 ):

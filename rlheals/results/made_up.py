@@ -224,6 +224,25 @@ def made_up_tables(
         .assign(metric='first_try', value=lambda d: d.value * (np.random.default_rng(1).random(len(d)) < 0.9))
     )
     tables['rl_evaluation'] = pd.concat([tables['evaluation'], first], ignore_index=True)
+    tables['peak'] = pd.concat(
+        [
+            seen(
+                p + share * dict(donor=end - p, directions=end - p, random_matched=-0.3 * p).get(edit, 0),
+                'success',
+                **dict(seed=seed, sweep='peak', edit=edit, share=share, layers='all', split=split),
+            )
+            for seed in range(seeds)
+            for split, p, end in (('id', 0.5, 0.7), ('ood', 0.24, 0.03))
+            for edit, at in (
+                ('none', (0.0,)),
+                ('donor', (1.0,)),
+                ('directions', (0.25, 0.5, 0.75, 1.0)),
+                ('random_matched', (0.25, 0.5, 0.75, 1.0)),
+            )
+            for share in at
+        ],
+        ignore_index=True,
+    )
     return tables | dict(
         sft_evaluation=tables['evaluation'].query("stage == 'sft'"),
         rl_log=pd.DataFrame(log),

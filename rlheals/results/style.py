@@ -30,6 +30,7 @@ EDITS = {  # of `surgery`: label, colour, marker, line; controls are quieter
     'interpolation': ('interpolated weights (control)', '#B8892B', 'D', (0, (4, 2))),
     'matched': ('interpolated as far (control)', '#7A5C1E', 'd', (0, (3, 1, 1, 1))),
     'random': ('random directions (control)', '#56A0C8', '^', (0, (1, 1))),
+    'random_matched': ('random rotation of equal size (control)', '#2F6F8F', '<', (0, (5, 1, 1, 1))),
     'parameters': ('as many parameters (control)', '#3C7A57', 'P', (0, (2, 1))),
     'whole': ('whole matrices, embeddings, head (official code)', '#4B4B4B', 'h', (0, (2, 2))),
     'other_seed': ('directions of another seed (control)', '#C44E52', 'X', (0, (4, 1, 1, 1)))}
@@ -248,10 +249,14 @@ def kept(
     folder: str = '',  # in `figures/`; empty: the published one
     link: str = '../../figures',  # how the notebook reaches `figures/`
 ):
-    "A committed figure and what it shows, computed from the table behind it, to be displayed in a notebook."
+    """A committed figure and what it shows, computed from the table behind it, to be displayed in a notebook; where
+    none is committed yet, the command that makes it."""
     import pandas as pd
     from IPython.display import Markdown
     files, file = ROOT/'figures', f'{figure.name}.png'
+    if not (files/folder/file).exists():
+        command = f'`rlheals reproduce --figure {figure.name}`'
+        return Markdown(f'*{figure.title}*: {file} is not among the figures kept here yet; {command} makes it.')
     picture = f'![{figure.name}: {figure.title}]({link}/{folder}{"/" * bool(folder)}{file})'
     if not folder and (files/'reference'/file).exists():
         paper = f'![{figure.name}, numbers of the paper]({link}/reference/{file})'

@@ -173,11 +173,13 @@ def _baselines(k, job):
 
 # %% ../../nbs/6_running/04_duration.ipynb #a550a5b0
 @_cost
-def _spectra(k, job): return k.decompose(len(k.config['sft']['checkpoints']) + 1)
+def _spectra(k, job):  # the values under noise, four draws for two pairs, take as long as two decompositions
+    return k.decompose(len(k.config['sft']['checkpoints']) + 3)
 @_cost
 def _surgery(k, job):
     edits = surgery_plan(job.removeprefix('surgery-'), k.config['surgery'], k.shape.layers)
-    return len(edits) * k.evaluate() + k.decompose(2)
+    turns = sum(e['edit'] == 'random_matched' for e in edits)  # its rotations take as long as about five decompositions
+    return len(edits) * k.evaluate() + k.decompose(2 + 5 * turns)
 @_cost
 def _drift(k, job): return k.score(2 * 3 * k.config['drift']['prompts'] * k.pair)
 @_cost
@@ -213,7 +215,7 @@ def jobs_of(
     "Names of the jobs of a stage, for one task and seed."
     if stage in ('rl', 'grpo'): return [f'{stage}-{s:06d}' for s in run.config[stage]['starts']]
     if stage == 'evaluate': return [name for s in ('sft', 'rl', 'grpo') for name in evaluation_parts(run, s)]
-    if stage == 'surgery': return [f'surgery-{sweep}' for sweep in ('rank', 'layers', 'impose')]
+    if stage == 'surgery': return [f'surgery-{sweep}' for sweep in ('rank', 'layers', 'impose', 'peak')]
     return [stage]
 
 # %% ../../nbs/6_running/04_duration.ipynb #0e9f9aa9

@@ -13,7 +13,7 @@ from ..results import (can_it_be_undone, do_hidden_states_drift, does_rl_heal, d
 from ..beyond import at_equal_id, under_which_conditions, what_rl_heals, what_tells_the_peak
 
 # %% ../../nbs/6_running/01_figures.ipynb #b75be090
-# name -> the function that draws it: F1 ... F14, S1 ... S5
+# name -> the function that draws it: F1 ... F14, S1 ... S6
 FIGURES = dict(sorted(REGISTRY.items(), key=lambda item: (item[0][0], len(item[0]), item[0])))
 EXTRA = tuple(name for name, f in FIGURES.items() if f.on_request)  # they take training of their own
 NEEDS = {name: f.needs for name, f in FIGURES.items()}  # the tables of each figure

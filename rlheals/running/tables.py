@@ -48,9 +48,11 @@ TABLES = dict(  # table that figures use -> names of the tables of a run
     angles=lambda run: ['angles'],
     rotation=lambda run: ['rotation'],
     energy=lambda run: ['energy'],
+    change=lambda run: ['change'],
     # `surgery-seed` takes its donor from the previous seed
     surgery=lambda run: ['surgery-rank', 'surgery-layers'] + ['surgery-seed'] * (run.seed > run.first_seed),
     imposed=lambda run: ['surgery-impose'],
+    peak=lambda run: ['surgery-peak'],
     states=lambda run: ['states'],
     drift=lambda run: ['drift'],
     next_token=lambda run: ['next_token'],

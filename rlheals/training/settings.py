@@ -110,7 +110,8 @@ DTYPES = dict(float32=4, bfloat16=2, float16=2)  # name -> bytes of a number
 SCHEDULES = ('constant', 'constant_with_warmup', 'linear', 'cosine')
 SHARDINGS = ('none', 'fsdp2', 'zero3')
 # of surgery: what is transferred from one checkpoint to another
-EDITS = ('directions', 'both', 'orthogonal', 'values', 'interpolation', 'matched', 'random', 'parameters', 'whole')
+EDITS = ('directions', 'both', 'orthogonal', 'values', 'interpolation', 'matched', 'random', 'parameters', 'whole',
+         'random_matched')  # the last is made by one sweep only, whichever are chosen for the others
 # under which RL is repeated: each changes one thing, defined in 5_beyond/02_conditions
 CONDITION_NAMES = (
     'default', 'entropy_none', 'entropy_x3', 'entropy_x10', 'rl_rate_quarter', 'rl_rate_double', 'temperature_low',
@@ -255,7 +256,11 @@ SETTINGS['spectra'] = dict(
 SETTINGS['surgery'] = dict(
     ranks=Setting([0.25, 0.5, 0.75, 1.0], 'top shares of the directions that are restored', each('shares', _SHARE)),
     blocks=Setting(4, 'equal blocks of layers', at_least(1)),
-    edits=Setting(list(EDITS), 'what is restored, and its controls', some_of(EDITS, needed='directions')),
+    edits=Setting(
+        [e for e in EDITS if e != 'random_matched'],
+        'what is restored, and its controls',
+        some_of(EDITS, needed='directions'),
+    ),
     threads=_THREADS,
 )
 SETTINGS['drift'] = dict(
