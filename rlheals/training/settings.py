@@ -267,7 +267,7 @@ SETTINGS['drift'] = dict(
 
 # %% ../../nbs/2_training/06_settings.ipynb #b36fc9a6
 SETTINGS['baselines'] = dict(
-    starts=Setting([128, 640], 'SFT checkpoints that the baselines start from', each('steps', at_least(0))),
+    starts=Setting([128, 640], 'SFT checkpoints, of `rl.starts`, that the baselines start from', each('steps', at_least(0))),
     rounds=Setting(4, 'rounds of rejection sampling: sample, keep what is right, imitate it', at_least(1)),
     share=Setting(0.5, 'share of the earlier checkpoint in interpolated weights', between(0, 1)),
     threads=_THREADS,
@@ -383,7 +383,7 @@ PROFILES['smollm2'] = dict(
     spectra=dict(threads=2),
     surgery=dict(threads=2),
     drift=dict(threads=2),
-    baselines=dict(threads=2),
+    baselines=dict(starts=[96, 640], threads=2),
     conditions=dict(starts=[96, 640], threads=2),
     preserve=dict(methods=['rpsft-10', 'l2-0.01', 'lora-8'], threads=2),
     warning=dict(threads=2),
