@@ -150,8 +150,10 @@ def reading_f1(data):
         f"{'chance' if top['seeds'] > 1 else 'the noise of its episodes'}: {listed(up)}; lowers it: {listed(down)} (of "
         f"{listed(int(r['checkpoint']) for r in rl)}; not corrected for their number)."
     )
-    for suffix, says in (('', 'As much training without RL, from the last checkpoint'),
-                         (EQUAL, 'The same methods, with the weights moved as far from that checkpoint as RL moves them')):
+    for suffix, says in (
+        ('', 'As much training without RL, from the last checkpoint'),
+        (EQUAL, 'The same methods, with the weights moved as far from that checkpoint as RL moves them'),
+    ):
         others = [
             f'{label} {spoken(r)}'
             for m, (label, *_) in BASELINES.items()

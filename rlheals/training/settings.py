@@ -267,7 +267,8 @@ SETTINGS['drift'] = dict(
 
 # %% ../../nbs/2_training/06_settings.ipynb #b36fc9a6
 SETTINGS['baselines'] = dict(
-    starts=Setting([128, 640], 'SFT checkpoints, of `rl.starts`, that the baselines start from', each('steps', at_least(0))),
+    starts=Setting([128, 640], 'SFT checkpoints, of `rl.starts`, that the baselines start from',
+                   each('steps', at_least(0))),
     rounds=Setting(4, 'rounds of rejection sampling: sample, keep what is right, imitate it', at_least(1)),
     share=Setting(0.5, 'share of the earlier checkpoint in interpolated weights', between(0, 1)),
     threads=_THREADS,
