@@ -9,6 +9,7 @@ from rlheals.running.tables import figures_dir
 from rlheals.running.workflow import execute
 from rlheals.analysis.evaluation import evaluation_parts, metrics_of
 from rlheals.beyond.baselines import METHODS
+from rlheals.results.style import EQUAL
 from rlheals.beyond.conditions import conditions_of
 from rlheals.running.figures import ACROSS, EXTRA, FIGURES
 from rlheals.training.runs import Run
@@ -124,7 +125,7 @@ def test_tables_are_tidy(run):
     assert (
         list(others.columns) == [x for x in t.columns if x != 'is_end']
         and others.notna().all(axis=None)
-        and set(others['stage']) == set(METHODS)
+        and set(others['stage']) == {m + suffix for m in METHODS for suffix in ('', EQUAL)}
         and set(others['checkpoint']) == set(c['baselines']['starts'])
     )
     assert set(others[others['split'] != 'train']['problems']) == set(problems.map(lambda f: f[0]))
@@ -217,7 +218,8 @@ def test_what_is_deleted_is_made_again_and_nothing_else(home, run, deleted, redo
 
 def test_baselines_are_shown(run):
     f1, f5 = (pd.read_csv(run.dir/'figures'/f'{f}.csv') for f in ('F1', 'F5'))
-    assert set(METHODS) < set(f1['stage']) and set(METHODS) < set(f5['model'])
+    assert {*METHODS, *(m + EQUAL for m in METHODS)} < set(f1['stage'])
+    assert {s for s in f5['model'] if s.removesuffix(EQUAL) in METHODS} == set(METHODS)
     own = (
         run.load('baselines').query("stage == 'further_sft' and split == 'id' and metric == 'success'")['value'].mean()
     )

@@ -5,7 +5,8 @@ Adam turns
 rounding of small gradients into steps. A sampled token could fall on the other side of a probability; on the seeds here
 none does.
 """
-import json, os, subprocess, sys
+import json, os, shutil, subprocess, sys
+from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
@@ -218,15 +219,28 @@ def test_grpo_does_not_mind(two):
         assert weights < 1e-3 and log < 1e-3 and gradient > 0, said['grpo']
 
 
-def test_sharded_baselines_are_those_of_one_process(runs):
+def files_of(run):
+    return sorted(str(p.relative_to(run.dir)) for p in run.dir.rglob('*') if p.is_file() and 'logs' not in p.parts)
+
+
+def test_sharded_baselines_are_those_of_one_process(runs, tmp_path):
     """The same answers are sampled, and nearly all of the evaluation's come out the same: an argmax can fall otherwise
     by rounding."""
     from rlheals.beyond.baselines import baselines_stage
-    one, two = (baselines_stage(run) for run, *_ in runs.values())
+    copies = []
+    for n, (run, *_) in runs.items():  # RL hardly moves in so few updates: another checkpoint stands in for its end
+        copies.append(replace(run, root=shutil.copytree(run.root, tmp_path/str(n))))
+        shutil.rmtree(copies[-1].checkpoint('rl', 4))
+        shutil.copytree(copies[-1].checkpoint('sft', 2), copies[-1].checkpoint('rl', 4))
+    one, two = map(baselines_stage, copies)
+    assert files_of(copies[0]) == files_of(copies[1])
     columns = ['stage', 'checkpoint', 'split', 'problems', 'episode', 'metric']
     assert one[columns].equals(two[columns]) and (abs(one['value'] - two['value']) < 1e-6).mean() > .95
-    kept = one[one.split == 'train']
-    assert kept[kept.metric == 'answers'].value.min() > 0 and kept.value.equals(two[two.split == 'train'].value)
+    kept, moved = (one[(one.split == 'train') & (one.stage == s)] for s in ('rejection', 'further_sft_equal'))
+    assert kept[kept.metric == 'answers'].value.min() > 0 and kept.value.equals(two.loc[kept.index].value)
+    assert moved.metric.tolist() == ['distance', 'rl_distance', 'factor'] and moved.value.min() > 0
+    train = one[one.split == 'train']
+    np.testing.assert_allclose(two.loc[train.index].value, train.value, rtol=1e-2)  # see the ends of SFT and RL above
 
 
 def test_grpo_as_a_stage_of_a_sharded_run(runs):
@@ -243,10 +257,7 @@ def test_grpo_as_a_stage_of_a_sharded_run(runs):
 
 
 def test_sharded_runs_leave_one_set_of_files(runs):
-    files = [
-        sorted(str(p.relative_to(run.dir)) for p in run.dir.rglob('*') if p.is_file() and 'logs' not in p.parts)
-        for run, *_ in runs.values()
-    ]
+    files = [files_of(run) for run, *_ in runs.values()]
     assert files[0] == files[1]
 
 

@@ -4,7 +4,9 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from rlheals.beyond.baselines import METHODS, baselines_stage
+from rlheals.beyond import baselines
+from rlheals.beyond.baselines import METHODS, baselines_stage, distance
+from rlheals.results.style import EQUAL
 from rlheals.tasks.general_points import GeneralPoints
 from rlheals.training.computing import set_up_torch
 from rlheals.training.generation import generate
@@ -68,7 +70,7 @@ def test_adapters_through_both_stages(tmp_path):
     run = Run('smoke', ('lora.rank=3', 'rl.entropy_coef=0.01'), 0, tmp_path)
     sft_stage(run); rl_stage(run, 4)
     ends = baselines_stage(run)  # they train adapters too, and interpolate what has them merged
-    assert set(ends['stage']) == set(METHODS) and ends['value'].notna().all()
+    assert set(ends['stage']) == {m + suffix for m in METHODS for suffix in ('', EQUAL)} and ends['value'].notna().all()
     base, sft, rl = (
         load_model(p, device='cpu')[0].state_dict() for p in ('tiny', run.checkpoint('sft', 4), run.checkpoint('rl', 4))
     )
@@ -78,6 +80,30 @@ def test_adapters_through_both_stages(tmp_path):
         for before, after in ((W, sft[name]), (sft[name], rl[name])):
             S = torch.linalg.svdvals((after - before).double())
             assert S[0] > 0 and S[3] < 1e-3 * S[0] + 1e-6, name
+
+
+@pytest.mark.parametrize('changes', [(), ('lora.rank=3', 'rl.entropy_coef=0.01')])
+def test_baselines_are_evaluated_as_far_from_their_start_as_rl(tmp_path, monkeypatch, changes):
+    "What is evaluated the second time is as far from the SFT checkpoint as RL's checkpoint, or is the start itself."
+    run = Run('smoke', changes, 0, tmp_path)
+    sft_stage(run); rl_stage(run, 4)
+    first, start, rl = (load_model(run.checkpoint(*c), 'cpu')[0] for c in (('sft', 2), ('sft', 4), ('rl', 4)))
+    evaluated, evaluate = [], baselines.evaluate_run
+
+    def seen(run, model, tok):
+        evaluated.append(distance(model, start))
+        return evaluate(run, model, tok)
+
+    monkeypatch.setattr(baselines, 'evaluate_run', seen)
+    table = baselines_stage(run)
+    train = table[(table.split == 'train') & table.stage.str.endswith(EQUAL)]
+    said = train.pivot(index='stage', columns='metric', values='value').loc[[m + EQUAL for m in METHODS]]
+    assert said.distance.tolist() == evaluated[::2] and (said.rl_distance == distance(rl, start)).all()
+    for method, before, after in zip(METHODS, evaluated[::2], evaluated[1::2]):
+        want = distance(rl, start) if before else 0
+        if method == 'interpolation': want = min(want, distance(first, start))
+        assert abs(after - want) <= 1e-4 * want, (method, before, after, want)
+    assert evaluated[0] > 0 and evaluated[4] > 0 and distance(rl, start) > 0
 
 
 def test_an_engine_gets_the_contexts_and_the_weights_of_the_moment(monkeypatch):

@@ -113,13 +113,14 @@ def condition_run(
     "The nested runs of a condition: that of RL, and that of SFT (None: the run's own SFT)."
     if name not in CONDITIONS: raise ValueError(f"there is no condition {name!r}: use one of {', '.join(CONDITIONS)}")
     c, starts = CONDITIONS[name], ','.join(map(str, run.config['conditions']['starts']))
+    of_rl = [f'{section}.starts={starts}' for section in ('rl', 'grpo', 'baselines', 'conditions')]
     changes = c.changes(run.config)
     of_sft = [x for x in changes if x.startswith('sft.')]
     sft = _inside(run, f'of-{c.sft}', of_sft, c.halves[0] if c.halves else -1) if c.sft else None
     return _inside(
         run,
         name,
-        [*changes, f'rl.starts={starts}', f'grpo.starts={starts}', f'conditions.starts={starts}'],
+        [*changes, *of_rl],
         c.halves[1] if c.halves else -1,
     ), sft
 

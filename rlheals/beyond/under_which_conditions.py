@@ -19,7 +19,7 @@ def starts_and_ends(tables):
     import pandas as pd
     keep = ['condition', 'checkpoint', 'split', 'seed', 'episode', 'value']
     c = rows(tables['conditions'], 'conditions', metric='success', split=('id', 'ood'))
-    b = rows(tables['baselines'], 'baselines', metric='success', split=('id', 'ood'))
+    b = rows(tables['baselines'], 'baselines', stage=tuple(BASELINES), metric='success', split=('id', 'ood'))
     sft = rows(tables['sft_evaluation'], 'sft_evaluation', stage='sft', metric='success', split=('id', 'ood'))
     ends = pd.concat([c[c.stage != 'sft'], b.assign(condition=b.stage)])
     starts = pd.concat([c[c.stage == 'sft'], *(sft.assign(condition=m) for m in b.stage.unique())])

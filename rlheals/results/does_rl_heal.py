@@ -8,8 +8,8 @@ __all__ = ['f1', 'reading_f1', 'f5', 'reading_f5']
 # %% ../../nbs/4_results/06_does_rl_heal.ipynb #34e1bf0b
 import numpy as np
 from ..analysis.statistics import differences, landmarks
-from .style import (BASELINES, RL, SFT, SPLITS, TASK_NAMES, curve, figure, percent_axis, reach, rows,
-                                   split_by_task, steps_axis, top_legend, with_seeds)
+from .style import (BASELINES, EQUAL, MUTED, RL, SFT, SPLITS, TASK_NAMES, curve, figure, percent_axis,
+                                   reach, rows, split_by_task, steps_axis, top_legend, with_seeds)
 from .wording import best_checkpoint, by_checkpoint, listed, rows_where, spoken
 
 # %% ../../nbs/4_results/06_does_rl_heal.ipynb #b5cb2f3b
@@ -31,15 +31,17 @@ def f1(tables):
     """OOD accuracy along SFT, and after RL from each checkpoint (95 % intervals).
 
     Shaded: RL above SFT. Full points: the difference to the start, on the same episodes, excludes zero. Star: SFT's
-    best checkpoint. Small points beside a start: as much training from it without RL, by SFT on fresh examples or on
-    the model's own right answers, or its weights interpolated with an earlier checkpoint."""
+    best checkpoint. Small points left of a start: as much training from it without RL, by SFT on fresh examples or on
+    the model's own right answers, or its weights interpolated with an earlier checkpoint. Small points right of it: the
+    same, with the weights moved as far from the start as RL moves them."""
     import matplotlib.pyplot as plt, pandas as pd
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
     e = rows(tables['evaluation'], 'evaluation', split='ood', metric='success')
     sft, rl = (rows(e, 'evaluation', stage=s) for s in ('sft', 'rl'))
     others = rows(tables['baselines'], 'baselines', split='ood', metric='success')
-    ends = dict(rl=rl) | {m: d for m in BASELINES if len(d := others[others.stage == m])}
+    methods = [m + suffix for suffix in ('', EQUAL) for m in BASELINES]
+    ends = dict(rl=rl) | {m: d for m in methods if len(d := others[others.stage == m])}
     gaps = pd.concat([differences(d, sft, 'checkpoint').assign(stage=s) for s, d in ends.items()]).rename(
         columns=dict(mean='difference', low='difference_low', high='difference_high')
     )
@@ -90,8 +92,9 @@ def f1(tables):
                 )
 
     points('rl', RL, 'D', 5)
-    for (method, (_, colour, marker)), shift in zip(BASELINES.items(), (-0.022, -0.011, 0.011)):
-        points(method, colour, marker, 3.4, shift * np.ptp(e.checkpoint))
+    for k, (method, (_, colour, marker)) in enumerate(BASELINES.items()):
+        shift = (.01 + .008 * k) * np.ptp(e.checkpoint)
+        points(method, colour, marker, 3.4, -shift); points(method + EQUAL, colour, marker, 3.4, shift)
     ax.plot(peak, best, '*', ms=12, color=SFT, mec='white', mew=.8, zorder=5)
     ax.annotate(
         f'best of SFT: {best:.1f} % (step {peak})',
@@ -116,9 +119,11 @@ def f1(tables):
         ]
         + [
             Line2D([], [], ls='', color=BASELINES[m][1], marker=BASELINES[m][2], ms=3.4, label=BASELINES[m][0])
-            for m in ends
-            if m != 'rl'
-        ],
+            for m in BASELINES
+            if m in ends
+        ]
+        + [Line2D([], [], ls='', color=MUTED, marker=r'$\rightarrow$', ms=7, label='right: moved as far as by RL')]
+        * any(m.endswith(EQUAL) for m in ends),
         ncols=4,
     )
     return fig, data
@@ -145,12 +150,17 @@ def reading_f1(data):
         f"{'chance' if top['seeds'] > 1 else 'the noise of its episodes'}: {listed(up)}; lowers it: {listed(down)} (of "
         f"{listed(int(r['checkpoint']) for r in rl)}; not corrected for their number)."
     )
-    others = [
-        f'{label} {spoken(r)}'
-        for m, (label, *_) in BASELINES.items()
-        for r in rows_where(data, stage=m, checkpoint=last)
-    ]
-    return out + f" As much training without RL, from the last checkpoint: {', '.join(others)}." * bool(others)
+    for suffix, says in (
+        ('', 'As much training without RL, from the last checkpoint'),
+        (EQUAL, 'The same methods, with the weights moved as far from that checkpoint as RL moves them'),
+    ):
+        others = [
+            f'{label} {spoken(r)}'
+            for m, (label, *_) in BASELINES.items()
+            for r in rows_where(data, stage=m + suffix, checkpoint=last)
+        ]
+        out += f" {says}: {', '.join(others)}." * bool(others)
+    return out
 
 # %% ../../nbs/4_results/06_does_rl_heal.ipynb #b1a506d5
 def _landmark_bars(ax, e, others):  # bars of one task; the table drawn

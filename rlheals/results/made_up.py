@@ -7,6 +7,7 @@ __all__ = ['made_up_tables']
 
 # %% ../../nbs/4_results/04_made_up.ipynb #60009562
 import numpy as np
+from .style import EQUAL
 
 # %% ../../nbs/4_results/04_made_up.ipynb #f2233f0b
 def made_up_tables(
@@ -198,6 +199,10 @@ def made_up_tables(
         for method, like, p in ends
         for c in (starts[(len(starts) - 1) // 2], max(starts))
         if method != 'interpolation' or c > min(starts)
+    ]
+    lost = np.random.default_rng(2)  # its own, so that everything else is as it would be without
+    baselines += [
+        d.assign(stage=d.stage + EQUAL, value=d.value * (lost.random(len(d)) < .9)) for d in baselines
     ]
     tables['baselines'] = pd.concat(baselines, ignore_index=True)
     kept = e[e.checkpoint.isin([max(starts)]) & (e.metric == 'success')]

@@ -7,7 +7,7 @@ __all__ = ['spoken', 'in_points', 'rows_where', 'by_checkpoint', 'best_checkpoin
 
 # %% ../../nbs/4_results/02_wording.ipynb #6b5fa0dd
 import math
-from .style import BASELINES, EDITS
+from .style import BASELINES, EDITS, EQUAL
 
 # %% ../../nbs/4_results/02_wording.ipynb #1c3c78cd
 def spoken(
@@ -113,7 +113,9 @@ def _evaluate(table):
     for stage, d in said.groupby('stage', sort=False):
         id_, ood = (by_checkpoint(d, split=s) for s in ('id', 'ood'))
         best = best_checkpoint(ood)
-        name = BASELINES[stage][0] if stage in BASELINES else stage.upper()
+        method = stage.removesuffix(EQUAL)
+        name = BASELINES[method][0] if method in BASELINES else stage.upper()
+        name += ', moved as far as RL' * stage.endswith(EQUAL)
         out.append(
             f"{name}: the best OOD accuracy is {spoken(ood[best])}, {'after' if stage == 'sft' else 'from'} step "
             f"{best} (ID there {spoken(id_[best])})"

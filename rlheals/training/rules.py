@@ -71,7 +71,7 @@ def _follow(c, given):  # adapts in place what was not given
     if 'rl.starts' not in given:
         rl['starts'] = sorted({*(s for s in rl['starts'] if s < steps and s in sft['checkpoints']), end, steps})
     if 'grpo.starts' not in given: c['grpo']['starts'] = [end]
-    for section, k, of in (('baselines', 'starts', sft['checkpoints']), ('conditions', 'starts', rl['starts']),
+    for section, k, of in (('baselines', 'starts', rl['starts']), ('conditions', 'starts', rl['starts']),
                            ('preserve', 'checkpoints', sft['checkpoints'])):
         if f'{section}.{k}' not in given:
             c[section][k] = [s for s in c[section][k] if s < steps and s in of] + [max(of)]
@@ -98,6 +98,8 @@ RELATIONS = [  # setting, condition, rule
      '0 (the last checkpoint) or one of sft.checkpoints={c.sft.checkpoints}'),
     *map(_among_checkpoints, _STEPS),
     ('baselines.rounds', lambda c: c.baselines.rounds <= c.rl.updates, 'at most rl.updates={c.rl.updates}'),
+    ('baselines.starts', lambda c: {*c.baselines.starts} <= {*c.rl.starts},
+     'one or more of rl.starts={c.rl.starts} (how far RL goes from there is compared: add them to rl.starts)'),
     ('conditions.starts', lambda c: {*c.conditions.starts} <= {*c.rl.starts}, 'one or more of rl.starts={c.rl.starts}'),
     ('sft.processes', lambda c: c.sft.batch_size % c.sft.processes == 0,
      'a divisor of sft.batch_size={c.sft.batch_size}'),

@@ -272,7 +272,8 @@ SETTINGS['drift'] = dict(
 
 # %% ../../nbs/2_training/06_settings.ipynb #b36fc9a6
 SETTINGS['baselines'] = dict(
-    starts=Setting([128, 640], 'SFT checkpoints that the baselines start from', each('steps', at_least(0))),
+    starts=Setting([128, 640], 'SFT checkpoints, of `rl.starts`, that the baselines start from',
+                   each('steps', at_least(0))),
     rounds=Setting(4, 'rounds of rejection sampling: sample, keep what is right, imitate it', at_least(1)),
     share=Setting(0.5, 'share of the earlier checkpoint in interpolated weights', between(0, 1)),
     threads=_THREADS,
@@ -343,6 +344,8 @@ OF_TASK = dict(
 PROFILES = dict(  # name -> changes of `TINY`
     tiny=dict(),
     smoke=dict(
+        # a model that has learnt nothing answers at length, as often as it may
+        task=dict(tries=2),
         base=dict(steps=50),
         sft=dict(examples=64, test_examples=16, max_steps=4, batch_size=8, warmup_steps=1, checkpoints=[0, 1, 2, 4]),
         rl=dict(starts=[2, 4], updates=2, envs=8, epochs=1, minibatch=8),
@@ -388,7 +391,7 @@ PROFILES['smollm2'] = dict(
     spectra=dict(threads=2),
     surgery=dict(threads=2),
     drift=dict(threads=2),
-    baselines=dict(threads=2),
+    baselines=dict(starts=[96, 640], threads=2),
     conditions=dict(starts=[96, 640], threads=2),
     preserve=dict(methods=['rpsft-10', 'l2-0.01', 'lora-8'], threads=2),
     warning=dict(threads=2),
