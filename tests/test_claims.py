@@ -9,8 +9,8 @@ from rlheals.running.plan import snakemake
 from rlheals.running.tables import publish
 from rlheals.results.claims import CLAIMS
 from rlheals.running.cli import app
-from rlheals.running.ledger import (PUBLISHED, check_ledger, judge_tasks, make_inputs, markdown, read_published, read_run,
-                                    write_made_up)
+from rlheals.running.ledger import (PUBLISHED, check_ledger, judge_tasks, make_inputs, markdown, read_published,
+                                    read_run, write_made_up)
 from rlheals.training.runs import Run
 from rlheals.results.made_up_runs import DESIGNS, UNKIND, WORLD, Runs
 from rlheals.results.trials import FALSE_HERE, false_positives, false_refutations, power

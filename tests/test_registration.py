@@ -9,15 +9,16 @@ KEPT = ROOT/'figures'/'registration.json'
 
 
 def precedes(registered, ledger, committed):
-    """What contradicts a ledger's claim to have been registered: other rules, seeds or settings, or tables made before the
-    registration was committed."""
+    """What contradicts a ledger's claim to have been registered: other rules, seeds or settings, or tables made before
+    the registration was committed."""
     seeds = {t: len(s) for t, s in ledger['seeds'].items()}
-    settings = {t: {s: v for s, v in c.items() if s in registered['settings'][t]} for t, c in ledger['settings'].items()}
+    known = registered['settings']
+    settings = {t: {s: v for s, v in c.items() if s in known[t]} for t, c in ledger['settings'].items()}
     return [
         what for what, wrong in dict(
             rules=ledger['rules'] != registered['rules'],
             seeds=seeds != registered['seeds'],
-            settings=settings != registered['settings'],
+            settings=settings != known,
             date=datetime.fromisoformat(ledger['begun']) <= datetime.fromisoformat(committed),
         ).items() if wrong
     ]

@@ -224,8 +224,8 @@ def _landmark_bars(ax, e, others):  # bars of one task; the table drawn
     return data.drop(columns='y')
 
 # %% ../../nbs/4_results/06_does_rl_heal.ipynb #0a2d8a47
-@figure('evaluation', 'baselines', name='F5', title='The three checkpoints the paper names', claims=('C1', 'C3a', 'C3b'),
-        across_tasks=True)
+@figure('evaluation', 'baselines', name='F5', title='The three checkpoints the paper names',
+        claims=('C1', 'C3a', 'C3b'), across_tasks=True)
 def f5(tables):
     """Accuracy of the SFT checkpoint with the best OOD accuracy, of the last one, and of what starts from the last
     one: RL (RL_End: PPO, GRPO_End: GRPO) and, paler, equal-compute baselines without RL (SFT on fresh examples;

@@ -75,9 +75,8 @@ def _advantages(advantages):  # skewness of the advantages per update, and what 
     # of a number with two values; an update whose answers are all right, or all wrong, has none
     implied = (1 - 2 * right) / np.sqrt((right * (1 - right)).clip(lower=1 / 4096))
     skew = mine.groupby(by)['advantage'].skew().fillna(0)
-    return {
-        name: grid(s.rename('value').reset_index(), by, 'advantages') for name, s in (('skew', skew), ('implied', implied))
-    }
+    found = dict(skew=skew, implied=implied)
+    return {name: grid(s.rename('value').reset_index(), by, 'advantages') for name, s in found.items()}
 
 # %% ../../nbs/4_results/14_evidence.ipynb #48bd6dba
 def _change(change):  # of the singular values, by stage: (seeds, matrices)
@@ -170,8 +169,8 @@ def window(
     d: dict,  # arrays of `arrays`
     edges: bool = True,  # whether the first and the last start may belong to it
 ):  # (..., S, R), bool
-    """The window of each seed: the late starts from which RL gained OOD accuracy, on average over the seeds before it; if
-    from none, the best of them."""
+    """The window of each seed: the late starts from which RL gained OOD accuracy, on average over the seeds before it;
+    if from none, the best of them."""
     gain, allowed = gains(d).mean(-1), late(d)
     if not edges:
         allowed[..., [0, -1]] = False

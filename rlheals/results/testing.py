@@ -12,7 +12,7 @@ import numpy as np
 def before(
     means,  # (..., S, C), mean of each choice per seed
 ):  # (..., S, C)
-    "For each seed, the mean of each choice over the seeds *before* it; the first seed, which is not judged, has its own."
+    "For each seed, the mean of each choice over the seeds *before* it; the first, which is not judged, has its own."
     counts = np.arange(1, means.shape[-2])[:, None]
     return np.concatenate([means[..., :1, :], means.cumsum(-2)[..., :-1, :] / counts], -2)
 

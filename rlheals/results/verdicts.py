@@ -47,8 +47,8 @@ def judge(
     claims=tuple(CLAIMS),  # names of the claims; the correction is for their number
     correct: bool = True,  # apply Holm's correction, instead of judging each claim as if it were the only one
 ) -> dict:
-    """Claim -> its `verdict` (-1, 0 or 1: the index in `VERDICTS` minus one), `parts` (from `judge_part`), its p-values,
-    those of its preconditions (`needs`), and whether these are `met`."""
+    """Claim -> its `verdict` (-1, 0 or 1: the index in `VERDICTS` minus one), `parts` (from `judge_part`), its
+    p-values, those of its preconditions (`needs`), and whether these are `met`."""
     needed = dict.fromkeys(need for name in claims for need in CLAIMS[name].needs)
     p_needed, out = {need: _precondition(d, need) for need in needed}, {}
     for name in claims:
@@ -107,9 +107,8 @@ def lost_at_starts(
     best = np.take_along_axis(ood, top[:, None], -1).mean()
     at = dict(zip(d['starts'].tolist(), ood[:, np.searchsorted(d['steps'], d['starts'])].mean(0)))
     before = lambda step: step < d['steps'][top].min()
-    return 'lost at the starts: ' + ', '.join(
-        f'{step}: {"before the peak" if before(step) else f"{100 * max(0, 1 - a / best):.0f} %"}' for step, a in at.items()
-    )
+    share = lambda step, a: 'before the peak' if before(step) else f'{100 * max(0, 1 - a / best):.0f} %'
+    return 'lost at the starts: ' + ', '.join(f'{step}: {share(step, a)}' for step, a in at.items())
 
 # %% ../../nbs/4_results/16_verdicts.ipynb #52a81436
 def ledger(
