@@ -130,7 +130,8 @@ def _bars(ax, d):  # one stacked bar per checkpoint, upwards and downwards from 
     ax.set_xticks(range(len(steps)), steps); ax.grid(False); ax.grid(True, axis='y')
 
 # %% ../../nbs/5_beyond/04_what_rl_heals.ipynb #abeda4f1
-@figure('rl_evaluation', name='S5', title='What RL heals: reading, solving or revising')
+@figure('rl_evaluation', name='S5', title='What RL heals: reading, solving or revising',
+        claims=('C3c', 'C11'))
 def s5(tables):
     """What RL heals.
 

@@ -26,7 +26,7 @@ def _above(x, gap):  # stretches (left, right) of x where the polyline of gap is
 
 # %% ../../nbs/4_results/06_does_rl_heal.ipynb #ffcf3f6a
 @figure('evaluation', 'baselines', name='F1', title='OOD accuracy along SFT, and after RL from each checkpoint',
-        claims=('C1', 'C3a', 'C3b', 'C4'))
+        claims=('C1', 'C3a', 'C3b', 'C4', 'C12'))
 def f1(tables):
     """OOD accuracy along SFT, and after RL from each checkpoint (95 % intervals).
 
