@@ -13,9 +13,9 @@ from .testing import before, best_before, contrast, pick
 from .evidence import CONTROLS, gains, late, mean_over, peak, window
 
 # %% ../../nbs/4_results/15_claims.ipynb #543f232f
-# of a part: the estimate of each seed and its squared standard error, (..., S); for a refutation, if that is decided by
-# other numbers, the same for every choice, (..., S, K)
-Numbers = namedtuple('Numbers', 'x w all_x all_w', defaults=(None, None))
+# of a part: the estimate of each seed and its squared standard error, (..., S); where a refutation (`all`) or support
+# (`each`) must hold at every choice, the same for every choice, (..., S, K)
+Numbers = namedtuple('Numbers', 'x w all_x all_w each_x each_w', defaults=(None,) * 4)
 # side '>': the claim says more than the threshold; `None`: no such threshold; unit: a key of `UNITS`
 Part = namedtuple('Part', 'name side sure estimate refuted unit', defaults=(None, None, None, 'points'))
 # the claim in words; function arrays -> [Numbers, ...]; keys of `PREREQUISITES`; its parts
@@ -52,10 +52,19 @@ def c2(d):
     return out
 
 # %% ../../nbs/4_results/15_claims.ipynb #1bf20f8f
+def _own_best(values, base):  # (..., S, K, n), (..., S, n): each seed's own best minus a base, as estimates and their w
+    halves = [np.s_[..., 0::2], np.s_[..., 1::2]]
+    pairs = zip(halves, halves[::-1])
+    found = [contrast(pick(values[b], values[a].mean(-1).argmax(-1)) - base[b]) for a, b in pairs]
+    (x, v), (y, w) = found
+    return (x + y) / 2, (v + w) / 4
 def c3a(d):
-    accuracy = d['rl'].mean(-1)
-    highest, chosen = (pick(d['rl'], best) for best in (accuracy.argmax(-1), best_before(accuracy)))
-    return [of_episodes(highest - pick(d['ood'], peak(d)), (chosen - pick(d['ood'], _own_peak(d)))[..., None, :])]
+    top = pick(d['ood'], peak(d))
+    x, w = _own_best(d['rl'], top)
+    fixed = contrast(d['rl'] - top[..., None, :])
+    each = [np.concatenate([one[..., None], every], -1) for one, every in zip((x, w), fixed)]
+    chosen = pick(d['rl'], best_before(d['rl'].mean(-1))) - pick(d['ood'], _own_peak(d))
+    return [Numbers(x, w, *contrast(chosen[..., None, :]), *each)]
 
 # %% ../../nbs/4_results/15_claims.ipynb #66f51aab
 def _everywhere(values, mask):  # (..., S, R, n): at starts outside the mask the values of one inside, to decide nothing
@@ -141,8 +150,10 @@ def c11(d):
     revised = gains(d) - first
     return [of_episodes(mean_over(x, window(d)), _everywhere(x, late(d))) for x in (revised, revised - first)]
 def c12(d):
-    rl = d['rl'][..., np.searchsorted(d['starts'], d['equal_starts']), :]
-    return [of_episodes((rl - d['equal'][..., m, :, :]).mean(-2)) for m in range(len(CONTROLS))]
+    at = np.searchsorted(d['starts'], d['equal_starts'])
+    rl, inside = d['rl'][..., at, :], window(d)[..., at]
+    inside |= ~inside.any(-1, keepdims=True)  # of the baselines' starts those in the window; if none is, all
+    return [of_episodes(mean_over(rl - d['equal'][..., m, :, :], inside)) for m in range(len(CONTROLS))]
 
 # %% ../../nbs/4_results/15_claims.ipynb #ce6b1974
 def _both_sides(d):  # whether RL starts before and after the peak, and between the first start and the last one

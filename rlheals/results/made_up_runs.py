@@ -88,7 +88,7 @@ def navigation() -> dict:
 # %% ../../nbs/4_results/17_made_up_runs.ipynb #c1599c5c
 Design = namedtuple('Design', 'seeds episodes world')
 DESIGNS = {
-    'GeneralPoints': Design(14, 234, WORLD),
+    'GeneralPoints': Design(12, 234, WORLD),
     'navigation': Design(6, 48, navigation()),
     'rank, determinant': Design(6, 200, WORLD),
 }

@@ -22,7 +22,7 @@ def _idle(w):  # nothing holds, and everything is at its threshold
     flat, end = np.full(18, w['ood'][-1]), w['ood'][-1]
     target = w['target']
     return _with(
-        w, ood=flat, rl=flat[1:], ood_first=.8 * flat, rl_first=.8 * flat[1:], id=np.full(18, w['id'][2]),
+        w, ood=flat, rl=flat[1:] + .05, ood_first=.8 * flat, rl_first=.8 * flat[1:], id=np.full(18, w['id'][2]),
         form=np.full(18, .1), train=3., test=3., values=dict(sft=.05, rl=.05), noise=dict(sft=.05, rl=.05),
         donor=target, max_ood=end, dose=np.full(4, end), dose_random=np.full(4, end),
         peak_ids={k: np.full(np.shape(v), .25) for k, v in w['peak_ids'].items()}, rl_end=w['rl_imposed'],

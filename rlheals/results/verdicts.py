@@ -24,11 +24,13 @@ def judge_part(part: Part, numbers: Numbers) -> dict:
 
     mean, se, df = spread(numbers.x, numbers.w)
     reach, narrow = (stats.t.ppf(q, df) * se for q in (.975, .95))
-    sure = beyond(mean, se, df, part.sure, 1) if part.sure is not None else np.zeros_like(mean)
+    def worst(x, w, line, way):  # the largest p-value over the choices, if there are any
+        if x is None: return beyond(mean, se, df, line, way)
+        return beyond(*spread(*(np.moveaxis(np.asarray(a), -1, -2) for a in (x, w))), line, way).max(-1)
+
+    sure = worst(*numbers[4:], part.sure, 1) if part.sure is not None else np.zeros_like(mean)
     if part.estimate is not None: sure = np.where(sign * (mean - part.estimate) > 0, sure, 1.)
-    everywhere = numbers[2:] if numbers.all_x is not None else (a[..., None] for a in numbers[:2])
-    choices = spread(*(np.moveaxis(np.asarray(a), -1, -2) for a in everywhere))
-    against = beyond(*choices, part.refuted, -1).max(-1)
+    against = worst(*numbers[2:4], part.refuted, -1)
     return dict(mean=mean, low=mean - reach, high=mean + reach, low90=mean - narrow, high90=mean + narrow, p_for=sure,
                 p_against=against)
 
