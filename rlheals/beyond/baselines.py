@@ -98,6 +98,8 @@ def more_sft(
         dict(
             max_steps=steps,
             batch_size=c['rl']['minibatch'],
+            # answers to a second try come after a longer conversation than those to a first
+            micro_batch=2 * c['rl']['micro_batch'],
             learning_rate=learning_rate,
             schedule=schedule,
             warmup_steps=warmup_steps,

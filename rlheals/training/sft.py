@@ -51,7 +51,7 @@ def train_sft(
     tokenizer,
     train,  # `Dataset` of prompts and completions
     tests: dict,  # name -> `Dataset` on which losses are measured
-    settings: dict,  # section `sft` of a profile
+    settings: dict,  # section `sft` of a profile, optionally with `micro_batch`: examples per pass through the model
     seed: int = 0,  # seed of the order of examples
     # called at each checkpoint (in all processes, if the model is sharded)
     on_checkpoint=lambda step, model: None,
@@ -63,7 +63,7 @@ def train_sft(
 
     A batch that does not fit into memory is divided, with the same result. A loss or gradient that is not finite raises
     `FloatingPointError` before the weights are updated."""
-    import pandas as pd
+    import pandas as pd, torch
     from datasets import disable_progress_bars
     from transformers import PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
@@ -117,7 +117,7 @@ def train_sft(
 
     class Trainer(SFTTrainer):
         # most examples per pass through the model; the share of the batch that is in the current pass
-        rows, share = c['batch_size'], 1.
+        rows, share = c.get('micro_batch', c['batch_size']), 1.
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             step, size = super().training_step, len(inputs['input_ids'])
@@ -126,8 +126,11 @@ def train_sft(
             def gradient(rows):
                 model.zero_grad()
                 total = 0.
-                for lo in range(0, size, rows):
-                    part = {k: v[lo:lo + rows] for k, v in inputs.items()}
+                lengths = inputs['attention_mask'].sum(1)
+                # in parts of like lengths, which need less padding
+                order = lengths.argsort() if rows < size else torch.arange(size)
+                for some in order.split(rows):
+                    part = {k: v[some, :lengths[some].max()] for k, v in inputs.items()}
                     self.share = len(part['input_ids']) / size
                     total = total + step(model, part, num_items_in_batch)
                 return total

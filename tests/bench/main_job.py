@@ -2,7 +2,7 @@
 
     python tests/bench/main_job.py OLD_CHECKOUT [--set KEY=VALUE ...]
 
-Both make all figures of the profile `tiny`, one job at a time, one checkout after the other, and with the same settings
+Both make the paper's figures with the profile `tiny`, one job at a time, one checkout after the other, and with the same settings
 as far as both have them (see `REDUCED`); on a machine that does nothing else."""
 import json, os, resource, subprocess, sys, tempfile
 from pathlib import Path
@@ -40,6 +40,7 @@ def named(checkout, *modules):
 def run(checkout, folder, settings):
     "Processor seconds of the whole, and seconds of each stage's notebooks."
     words = ['reproduce', '--jobs', '1', '--runs', folder/'runs', *(w for s in settings for w in ('--set', s))]
+    words += [w for n in range(1, 15) for w in ('--figure', f'F{n}')]  # the paper's, which both draw
     env = os.environ | dict(PYTHONPATH=str(checkout), HF_HUB_OFFLINE='1', PYTHONSAFEPATH='1')
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     module = named(checkout, 'rlheals.running.cli', 'rlheals.cli')
