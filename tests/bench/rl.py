@@ -46,7 +46,8 @@ print(
 )
 
 c = load_profile('tiny')
-ppo = c['rl'] | dict(updates=4, turns=1, envs=256, log_kl=False)
+# first answers only are of like length, and go through the model together
+ppo = c['rl'] | dict(updates=4, turns=1, envs=256, log_kl=False, micro_batch=c['rl']['minibatch'])
 grpo = c['grpo'] | dict(updates=4)
 assert ppo['envs'] * ppo['turns'] == grpo['responses'] and ppo['epochs'] == grpo['epochs']
 
