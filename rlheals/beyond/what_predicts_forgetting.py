@@ -37,7 +37,7 @@ def paths(
         out[key] = wide.assign(rank=wide['rank'].bfill())
     return out
 
-# %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #ae5e66b2
+# %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #7b8499fd
 def points(
     table,  # of `run_contest`
 ):  # DataFrame: way, level, variant, method, ood, id, and a column per explanation
@@ -47,54 +47,57 @@ def points(
     for (variant, method), path in paths(table).items():
         key, accuracy = dict(variant=variant, method=method), path['id'].to_numpy(float)
         for way, order in (('reach', slice(None)), ('keep', slice(None, None, -1))):
-            read = lambda k, level: float(ood_at(accuracy[order], path[k].to_numpy(float)[order], level))
+            # rounded, because what is equal by construction must not be ranked by its last bits
+            read = lambda k, level: round(float(ood_at(accuracy[order], path[k].to_numpy(float)[order], level)), 9)
             rows += [dict(key, way=way, level=level) | {k: read(k, level) for k in names} for level in LEVELS]
         rows += [dict(key, way='steps', level=s) | path.loc[s, names].to_dict() for s in AT_STEPS if s in path.index]
     return pd.DataFrame(rows).dropna(subset=names)
 
-# %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #bb015453
+# %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #c1d11b47
+def _ranks(v, of):  # places of the values among those of `of`, 0 to 1; equal ones share their place
+    order = np.sort(of)
+    return (order.searchsorted(v, 'left') + order.searchsorted(v, 'right')) / (2 * len(order))
 def fit_ranks(
     x, y,  # (n): measure and OOD accuracy of the runs to fit
 ):  # function of measures
-    "Least squares of y on the rank of x, 0 to 1; a new x gets its place among the fitted ones."
-    order = np.sort(x)
-    def rank(v): return (np.searchsorted(order, v, 'left') + np.searchsorted(order, v, 'right')) / (2 * len(order))
-    r, middle = rank(x), np.mean(y)
-    r_middle, spread = r.mean(), r.var()
-    slope = ((r - r_middle) * (y - middle)).mean() / spread if spread > 1e-12 else 0.
-    return lambda v: middle + slope * (rank(v) - r_middle)
+    "Least squares of y on the rank of x; a new x gets its place among the fitted ones."
+    r, middle = _ranks(x, x), y.mean()
+    far = r - r.mean()
+    spread = far @ far
+    slope = far @ (y - middle) / spread if spread > 1e-12 else 0.
+    return lambda v: middle + slope * (_ranks(v, x) - r.mean())
 
-# %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #71a97609
+# %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #fa016397
 def held_out(
     x, y, family,  # (n): measure, OOD accuracy and family of each run
 ):  # (predictions (n), mean OOD accuracy of the other families (n))
     "Predictions for each family by the model that was fitted on all the others."
     guess, mean = np.empty(len(y)), np.empty(len(y))
-    for f in np.unique(family):
+    for f in set(family.tolist()):
         mine = family == f
         guess[mine], mean[mine] = fit_ranks(x[~mine], y[~mine])(x[mine]), y[~mine].mean()
     return guess, mean
 
-# %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #03a5a851
+# %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #c347073c
 def _order(guess, y, family):  # Spearman's correlation within families, and how many runs it is of
-    from scipy.stats import rankdata
     total = n = 0
-    for f in np.unique(family):
+    for f in set(family.tolist()):
         mine = family == f
-        a, b = (rankdata(v[mine]) for v in (guess, y))
-        if len(a) < 4 or b.std() == 0: continue  # an order of two or three says little
-        total += len(a) * (np.corrcoef(a, b)[0, 1] if a.std() > 0 else 0.)
+        a, b = (r - r.mean() for r in (_ranks(v[mine], v[mine]) for v in (guess, y)))
+        aa, bb = a @ a, b @ b
+        if len(a) < 4 or bb < 1e-12: continue  # an order of two or three says little
+        total += len(a) * (a @ b / np.sqrt(aa * bb) if aa > 1e-12 else 0.)
         n += len(a)
     return total, n
 
-# %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #6a301f92
+# %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #833df618
 def skill(
     x: list, y: list, family: list,  # per level: (n)
 ) -> tuple[float, float]:  # R^2, Spearman's correlation
     "How well one measure predicts the families left out, over all levels."
     error = reference = order = n = 0
     for xs, ys, fs in zip(x, y, family):
-        if len(np.unique(fs)) < 2: continue
+        if len(set(fs.tolist())) < 2: continue
         guess, mean = held_out(xs, ys, fs)
         error, reference = error + ((ys - guess)**2).sum(), reference + ((ys - mean)**2).sum()
         more = _order(guess, ys, fs)
@@ -111,7 +114,7 @@ def _drawn(runs, rng):  # run -> how often, after drawing families and then runs
     chosen = np.concatenate([rng.choice(all_of[i], len(all_of[i])) for i in picked])
     return dict(zip(*np.unique(chosen, return_counts=True)))
 
-# %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #f7bc7f10
+# %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #5fea3f97
 def scores(
     at,  # of `points`
     draws: int = 500,
@@ -121,7 +124,9 @@ def scores(
     out, names = [], [*EXPLANATIONS, 'id']
     for way, mine in at.groupby('way', sort=False):
         levels, runs = [g for _, g in mine.groupby('level')], dict(zip(mine.variant, mine.method))
-        columns = [{k: g[k].to_numpy() for k in ['variant', 'method', 'ood', *names]} for g in levels]
+        columns = [{k: g[k].to_numpy() for k in ['variant', 'ood', *names]} for g in levels]
+        number = {f: i for i, f in enumerate(runs.values())}  # numbers compare faster than names
+        for c, g in zip(columns, levels): c['method'] = g.method.map(number).to_numpy()
         rng, found = np.random.default_rng(0), []
         for draw in range(draws + 1):  # the first is the data
             times = _drawn(runs, rng) if draw else dict.fromkeys(runs, 1)
@@ -145,7 +150,7 @@ def two_best(
     means = found[found.explanation.isin([*EXPLANATIONS])].groupby('explanation')['r2'].mean()
     return [*means.sort_values(ascending=False).index[:2]]
 
-# %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #521876c8
+# %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #0b70223b
 EDITED = ('directions', 'orthogonal', 'values', 'matched', 'random_matched', 'interpolation')
 SHARES = (.1, .25, .5, 1.)  # of the rank
 def edited_measures(
@@ -164,10 +169,10 @@ def edited_measures(
         at[i] = Path(home)/f'{i:06d}'
         surgery.save(at[i], edit=edit, share=share, seed=run.seed)
     found = pd.concat([weight_measures(at, run.config['warning']['share'], device), behaviour_measures(run, at)])
-    wide = found[found.checkpoint > 0].pivot(index='checkpoint', columns='measure', values='value').reset_index(drop=True)
-    return pd.concat([pd.DataFrame(plan, columns=['edit', 'share']), wide], axis=1)
+    wide = found[found.checkpoint > 0].pivot(index='checkpoint', columns='measure', values='value')
+    return pd.concat([pd.DataFrame(plan, columns=['edit', 'share']), wide.reset_index(drop=True)], axis=1)
 
-# %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #95c6618b
+# %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #1f59ee2a
 def run_intervention(
     folder,  # of the contest
     seed: int = DEVELOPMENT,  # a development seed
@@ -176,7 +181,7 @@ def run_intervention(
     changes: tuple = (),  # further changes of the profile
     **what,  # `edits` and `shares` of `edited_measures`
 ):  # DataFrame: target, edit, share, and a column per measure
-    "Train the standard run of a seed, edit its OOD peak towards its end and the reverse, and measure all edited models."
+    "Train the standard run of a seed, edit its OOD peak towards its end and the reverse, and measure all edits."
     import pandas as pd
     run, home = variant_run(Variant('plain-rate', seed=seed), folder, profile, changes), Path(folder)/'weights'/'edited'
     shutil.rmtree(home, ignore_errors=True)
@@ -271,12 +276,12 @@ def s7(tables):
     top_legend(fig, handles)
     return fig, pd.concat([found.assign(what='score'), shown.assign(what='prediction')], ignore_index=True)
 
-# %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #15249adb
+# %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #01189f75
 @s7.reads
 def reading_s7(
     data,  # the table behind S7
 ) -> str:
-    "Which explanation predicts best in each way to compare runs, whether surely, and which two are set against each other."
+    "Which explanation predicts best in each way to compare runs, whether surely, and which two are the best."
     found, out = data[data.what == 'score'], []
     number = lambda r, k: f"{r[k]:.2f} [{r[f'{k}_low']:.2f}, {r[f'{k}_high']:.2f}]"
     for way, name in WAYS.items():
@@ -285,9 +290,9 @@ def reading_s7(
         best, sure = d.iloc[0], [_LABELS[k] for k in d[d.sure == True].explanation]
         alone = found[(found.way == way) & (found.explanation == 'id')].iloc[0]
         out.append(
-            f"Compared {name} ({best.runs:.0f} runs of {best.families:.0f} families), {_LABELS[best.explanation]} predicts "
-            f"best: R² {number(best, 'r2')}, rank correlation {number(best, 'spearman')}; ID accuracy alone: "
-            f"{number(alone, 'r2')}. " + (f"Surely better than the mean: {', '.join(sure)}." if sure else
+            f"Compared {name} ({best.runs:.0f} runs of {best.families:.0f} families), {_LABELS[best.explanation]} "
+            f"predicts best: R² {number(best, 'r2')}, rank correlation {number(best, 'spearman')}; ID accuracy "
+            f"alone: {number(alone, 'r2')}. " + (f"Surely better than the mean: {', '.join(sure)}." if sure else
                                          'No explanation is surely better than the mean.')
         )
     a, b = (_LABELS[k] for k in two_best(found))
