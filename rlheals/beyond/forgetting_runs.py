@@ -107,9 +107,10 @@ def behaviour_measures(
         rows += [dict(checkpoint=step, measure=k, value=float(v)) for k, v in found.items()]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/5_beyond/18_forgetting_runs.ipynb #0d8883ea
+# %% ../../nbs/5_beyond/18_forgetting_runs.ipynb #e5fe2c67
 STEPS = 320  # of a run of the standard length
-CHECKPOINTS = (0, 16, 32, 64, 96, 128, 192, 256, 320, 448, 640)  # up to the length of a run, which is always one
+# up to the length of a run, which is always one; ID accuracy is learnt within the first 16 steps
+CHECKPOINTS = (0, 4, 8, 12, 16, 32, 64, 128, 192, 256, 320, 448, 640)
 @dataclass(frozen=True)
 class Variant:
     "One SFT run of the contest: factors on the profile's settings, a method and a seed."
@@ -194,7 +195,7 @@ def measure_variant(
         table.insert(i, k, x)
     return table
 
-# %% ../../nbs/5_beyond/18_forgetting_runs.ipynb #239ced77
+# %% ../../nbs/5_beyond/18_forgetting_runs.ipynb #0b05dc3c
 FOLDER = ROOT/'figures'/'development'
 def write_contest(
     folder,  # of the contest
@@ -210,10 +211,10 @@ def write_contest(
         if {*t.changes} != {v.differs} or {*t.checkpoint} != {*runs[v].config['sft']['checkpoints']}:
             raise ValueError(f'{files[v]} was made with other settings: delete it, and run the contest again')
     table, path = pd.concat(tables.values(), ignore_index=True), to/'forgetting.csv'
-    commit = subprocess.run(['git', '-C', str(ROOT), 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout.strip()
+    head = subprocess.run(['git', '-C', str(ROOT), 'rev-parse', 'HEAD'], capture_output=True, text=True)
     with complete(path) as tmp: table.to_csv(tmp, index=False, float_format='%.6g', lineterminator='\n')
     record = dict(
-        rlheals=version('rlheals'), commit=commit or None, python=sys.version.split()[0],
+        rlheals=version('rlheals'), commit=head.stdout.strip() or None, python=sys.version.split()[0],
         libraries={k: version(k) for k in ('torch', 'transformers', 'trl', 'peft', 'numpy', 'pandas')},
         runs={v.name: dict(profile=r.profile, changes=[*r.changes], seed=v.seed, method=v.method)
               for v, r in runs.items()},
