@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LETTERS', 'GENERATORS', 'FACTORS', 'PRIMARY', 'LAST', 'SEEDS', 'design', 'aliases', 'levels_of', 'changes_of',
-           'face_margins', 'right_chances', 'smooth_responses', 'all_responses', 'cell_runs', 'factorial_cell',
-           'drop_sft', 'seed_of_study', 'factorial_study', 'factorial_table']
+           'face_margins', 'right_chances', 'ood_problems', 'all_responses', 'cell_runs', 'factorial_cell', 'drop_sft',
+           'seed_of_study', 'factorial_study', 'factorial_table']
 
 # %% ../../nbs/5_beyond/20_factorial.ipynb #86dadba6
 import shutil
@@ -55,7 +55,7 @@ FACTORS = dict(  # name -> (what it is, low, high): settings, and for `hands` wh
     updates=('updates of RL', 'rl.updates=10', 'rl.updates=30'),
     tries=('tries in training', 'task.tries=1', 'task.tries=5'),
     hands=('hands of RL', 'hands=seen', 'hands=new'),
-    sft_rate=('learning rate of SFT', 'sft.learning_rate=7e-4', 'sft.learning_rate=1.4e-3'),
+    sft_rate=('learning rate of SFT', 'sft.learning_rate=8e-4', 'sft.learning_rate=1.2e-3'),
     lost=('SFT step that RL starts from', 'rl.starts=128', 'rl.starts=640'),
 )
 
@@ -125,30 +125,23 @@ def right_chances(
     with torch.no_grad(): logp = logprobs_and_values(model, None, contexts, answers, temperature, rows)[0]
     return np.bincount(of, logp.double().exp().cpu().numpy(), len(problems))
 
-# %% ../../nbs/5_beyond/20_factorial.ipynb #d38f164f
-PRIMARY = 'chance'  # the response that is tested; the others are reported beside it
-LAST = 5  # states after the last updates whose responses are averaged
-def smooth_responses(
-    run: Run,
-    model, tokenizer,
-) -> dict[str, float]:
-    "Response -> its mean over the run's OOD problems."
-    task, n = run.task(), run.config['eval']['episodes']
-    problems = problem_set(task, run.splits['ood'], n, run.seed)
-    measures = dict(chance=right_chances, margin=face_margins)
-    return {name: float(of(model, tokenizer, task, problems).mean()) for name, of in measures.items()}
+# %% ../../nbs/5_beyond/20_factorial.ipynb #ce6f9cfb
+PRIMARY = 'margin'  # the response that is tested; the others are reported beside it
+LAST = 5  # states after the last updates over which the margin is averaged
+def ood_problems(run: Run) -> list:
+    "The OOD problems on which a run's responses are measured."
+    return problem_set(run.task(), run.splits['ood'], run.config['eval']['episodes'], run.seed)
 
 # %% ../../nbs/5_beyond/20_factorial.ipynb #70080a34
 def all_responses(
     run: Run,
     model, tokenizer,
 ) -> dict[str, float]:
-    "`smooth_responses`, and accuracy within the tries and at the first try, OOD and ID (`id_...`)."
-    seen = evaluate_run(run, model, tokenizer)
+    "Margin and chance, and accuracy within the tries and at the first try, OOD and ID (`id_...`)."
+    seen, which = evaluate_run(run, model, tokenizer), (model, tokenizer, run.task(), ood_problems(run))
     means = seen[seen.metric.isin(['success', 'first_try'])].groupby(['split', 'metric'])['value'].mean()
-    return smooth_responses(run, model, tokenizer) | {
-        'id_' * (split == 'id') + metric: float(v) for (split, metric), v in means.items()
-    }
+    accuracy = {'id_' * (split == 'id') + metric: float(v) for (split, metric), v in means.items()}
+    return dict(margin=float(face_margins(*which).mean()), chance=float(right_chances(*which).mean())) | accuracy
 
 # %% ../../nbs/5_beyond/20_factorial.ipynb #89512f32
 def cell_runs(
@@ -170,33 +163,28 @@ def cell_runs(
     rl = nested(name, [*changes.values(), of_start], 1 - half if of_hands == 'hands=new' else half)
     return rl, sft, rl.config['rl']['starts'][0]
 
-# %% ../../nbs/5_beyond/20_factorial.ipynb #11d374ac
-def _sft_starts(run, sft):  # responses of the SFT checkpoints that cells start from; makes what is missing
+# %% ../../nbs/5_beyond/20_factorial.ipynb #abb724f6
+def _start(run, sft, start):  # response -> its value at the SFT checkpoint; makes what is missing
     import pandas as pd
     from filelock import FileLock
-    name, how = f'factorial-{Path(sft.root).name}', ' '.join(sft.changes)
+    name, how = f'factorial-{Path(sft.root).name}-{start:06d}', ' '.join(sft.changes)
     sft.path().mkdir(parents=True, exist_ok=True)
-    steps = {int(text.partition('=')[2]) for text in FACTORS['lost'][1:]} | {run.sft_end}
     with FileLock(Path(sft.root)/'.lock'):  # two cells that share it may run at the same time
+        if not sft.table('losses').exists() or not sft.weights('sft', start).exists(): sft_stage(sft)
         made = run.load(name) if run.table(name).exists() else None
-        whole = sft.table('losses').exists() and all(sft.weights('sft', s).exists() for s in steps)
-        if not whole: sft_stage(sft)
         if made is None or set(made.how) != {how}:
-            m, found = run.config['model'], []
             set_up_torch(run.config['eval']['threads'])
-            for s in sorted(steps):
-                model, tok = load_model(sft.checkpoint('sft', s), m['device'], m['dtype'])
-                found += [(s, r, v) for r, v in all_responses(run, model, tok).items()]
-            made = pd.DataFrame(found, columns=['checkpoint', 'response', 'value']).assign(how=how)
-            made = run.save(made, name)
-    return made
+            m = run.config['model']
+            found = all_responses(run, *load_model(sft.checkpoint('sft', start), m['device'], m['dtype']))
+            made = run.save(pd.DataFrame(found.items(), columns=['response', 'value']).assign(how=how), name)
+    return dict(zip(made.response, made.value))
 
 # %% ../../nbs/5_beyond/20_factorial.ipynb #310b28c3
 def _trained(run, rl, sft, start, progress):  # (model after RL, tokenizer, log with the last responses)
-    c, (model, tok) = rl.config, load_start(sft, start)
+    c, (model, tok), problems = rl.config, load_start(sft, start), ood_problems(run)
     def track(update, row):  # what is added to the row is logged, and kept with the state
         if update >= c['rl']['updates'] - LAST:
-            row.update({f'response_{k}': v for k, v in smooth_responses(run, model, tok).items()})
+            row['response_margin'] = float(face_margins(model, tok, run.task(), problems).mean())
     file, seed = rl.path('partial', f'rl-{start:06d}.pt'), hash64(run.seed, 'rl', start) % 2**31
     log, _ = train_ppo(
         model, tok, rl.task(), c['rl'], c['model']['max_new_tokens'], seed, progress, file, track
@@ -229,14 +217,13 @@ def factorial_cell(
     table, (rl, sft, start) = f'factorial-{name}', cell_runs(run, levels, name)
     how = ' '.join((method, *rl.changes, *sft.changes, f'half={rl.half}'))
     if run.table(table).exists() and set((made := run.load(table)).how) == {how}: return made
-    starts = _sft_starts(run, sft)
+    before = _start(run, sft, start)
     set_up_torch(rl.config['rl']['threads'])
     if method == 'further_sft':
         (model, tok), log = load_start(sft, start), None
         further_sft(model, tok, sft.task(), rl.config, hash64(run.seed, method, start))
     else: model, tok, log = _trained(run, rl, sft, start, progress)
     set_up_torch(run.config['eval']['threads'])
-    before = starts[starts.checkpoint == start].set_index('response')['value'].to_dict()
     rows = _as_rows(before, all_responses(run, model, tok), log)
     made = run.save(rows.assign(cell=name, method=method, start_step=start, how=how, **levels), table)
     remove(rl.root)  # the state of its training
