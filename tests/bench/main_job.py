@@ -2,8 +2,8 @@
 
     python tests/bench/main_job.py OLD_CHECKOUT [--set KEY=VALUE ...]
 
-Both make the paper's figures with the profile `tiny`, one job at a time, one checkout after the other, with the same settings
-as far as both have them (see `REDUCED`); on a machine that does nothing else."""
+Both make the paper's figures with the profile `tiny`, one job at a time, one checkout after the other, and with the
+same settings as far as both have them (see `REDUCED`); on a machine that does nothing else."""
 import json, os, resource, subprocess, sys, tempfile
 from pathlib import Path
 import pandas as pd
