@@ -236,7 +236,7 @@ def drop_sft(run: Run):
         shutil.rmtree(run.path('factorial'), ignore_errors=True)
 
 # %% ../../nbs/5_beyond/20_factorial.ipynb #06bbd654
-SEEDS = tuple(range(90, 98))  # of the study
+SEEDS = tuple(range(91, 99))  # of the study; with seed 90 one cell was timed, whose result was seen
 def seed_of_study(
     run: Run,  # development run of one seed
     cells=range(16),  # runs of the design
