@@ -21,7 +21,7 @@ from ..training.generation import encode
 from ..training.runs import DEVELOPMENT, Run
 from ..analysis.evaluation import evaluate_run
 from ..analysis.decomposition import At
-from ..analysis.spectra import tabulate
+from ..analysis.spectra import tabulate, value_change
 from ..analysis.measures import intruder_dimensions, share_moved
 from ..analysis.surgery import Surgery
 from .preserving import train_preserving
@@ -47,7 +47,7 @@ def spectrum_rows(
     for step in steps:
         U_new, S_new, _ = at.svd(checkpoints[step])
         found = dict(
-            values=((S_new - S).abs().sum() / S.sum()).item(),
+            values=value_change(S_new, S),
             intruders=intruder_dimensions(U, U_new, k) / k,
             sparsity=1 - share_moved(base, at.W(checkpoints[step])),
         )

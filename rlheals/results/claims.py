@@ -131,7 +131,8 @@ def c7b(d):
 # %% ../../nbs/4_results/15_claims.ipynb #b1d3a061
 def c8(d): return [of_episodes(d['rl_end'] - d['rl_imposed'])]
 def c9(d):
-    weight = window(d, edges=False) / window(d, edges=False).sum(-1, keepdims=True)
+    mask = window(d, edges=False)
+    weight = mask / mask.sum(-1, keepdims=True)
     (skew, v), (implied, w) = (contrast(d[k], 0) for k in ('skew', 'implied'))  # over updates
     inside, out = lambda x, power=1: (x * weight**power).sum(-1), []
     for size, error in ((abs(skew), v), (abs(skew) - abs(implied), v + w)):
@@ -146,9 +147,9 @@ def c10(d):
 
 # %% ../../nbs/4_results/15_claims.ipynb #d4effc60
 def c11(d):
-    first = gains(d, first=True)
+    first, inside, after = gains(d, first=True), window(d), late(d)
     revised = gains(d) - first
-    return [of_episodes(mean_over(x, window(d)), _everywhere(x, late(d))) for x in (revised, revised - first)]
+    return [of_episodes(mean_over(x, inside), _everywhere(x, after)) for x in (revised, revised - first)]
 def c12(d):
     at = np.searchsorted(d['starts'], d['equal_starts'])
     rl, inside = d['rl'][..., at, :], window(d)[..., at]

@@ -7,7 +7,7 @@ __all__ = ['PART', 'NEEDS', 'CONTROLS', 'grid', 'arrays', 'peak', 'gains', 'late
 
 # %% ../../nbs/4_results/14_evidence.ipynb #6e7610da
 import numpy as np
-from .style import rows
+from .style import BASELINES, EQUAL, rows
 from .testing import before, best_before
 
 # %% ../../nbs/4_results/14_evidence.ipynb #d16f1dd6
@@ -36,7 +36,7 @@ def grid(
 # %% ../../nbs/4_results/14_evidence.ipynb #866b4a7d
 PART = .25  # largest share of the rank, or of the layers, that counts as a part: the paper's are 20 to 25 %
 NEEDS = ('rl_evaluation', 'losses', 'advantages', 'change', 'surgery', 'imposed', 'peak', 'baselines')  # tables used
-CONTROLS = ('further_sft', 'rejection', 'interpolation')  # baselines without RL that C12 compares RL with
+CONTROLS = (*BASELINES,)  # what C12 compares RL with
 
 # %% ../../nbs/4_results/14_evidence.ipynb #bd64d7b7
 def arrays(
@@ -113,8 +113,9 @@ def _surgery(tables):  # what C6, C7a, C7b and C8 need
         if control in {*rank.edit}: out[f'low_{control}'] = _edited(rank, control, 'share')
     out['part'] = _parts(tables['surgery'], rank)
     other = rank[(rank.edit == 'other_seed') & (rank.share == 1)]
-    if len(other): out['other'] = _edited(other, 'other_seed')
-    if len(other): out['other'] = np.concatenate([np.full_like(out['other'][:1], np.nan), out['other']])
+    if len(other):
+        found = _edited(other, 'other_seed')
+        out['other'] = np.concatenate([np.full_like(found[:1], np.nan), found])  # the first seed has none
     return out
 
 # %% ../../nbs/4_results/14_evidence.ipynb #2977d1b3
@@ -131,7 +132,7 @@ def _parts(surgery, rank):  # success with a part of the directions, by rank and
 # %% ../../nbs/4_results/14_evidence.ipynb #c5db2d4d
 def _equal(tables):  # the baselines that moved as far as RL: (seeds, methods, starts, episodes)
     mine = rows(tables['baselines'], 'baselines', metric='success', split='ood')
-    by = {m: mine[mine.stage == f'{m}_equal'] for m in CONTROLS}
+    by = {m: mine[mine.stage == m + EQUAL] for m in CONTROLS}
     starts = sorted(set.intersection(*(set(b.checkpoint) for b in by.values())))
     found = [
         grid(b[b.checkpoint.isin(starts)], ['seed', 'checkpoint', 'episode'], 'baselines').astype(np.float32)

@@ -8,6 +8,7 @@ __all__ = ['STEPS', 'WORLD', 'Design', 'DESIGNS', 'UNKIND', 'navigation', 'Runs'
 # %% ../../nbs/4_results/17_made_up_runs.ipynb #b1714564
 from collections import namedtuple
 import numpy as np
+from .style import EQUAL
 from .evidence import CONTROLS
 
 # %% ../../nbs/4_results/17_made_up_runs.ipynb #44766b8d
@@ -269,7 +270,7 @@ def as_tables(
         for s, pair in pairs.items() for name, of in (('values', 'update'), ('noise', 'noise'))
     ])
     out['baselines'] = pd.concat([
-        _long(get('equal')[:, m], dict(seed=seeds, checkpoint=get('equal_starts')) | episode, stage=f'{method}_equal',
+        _long(get('equal')[:, m], dict(seed=seeds, checkpoint=get('equal_starts')) | episode, stage=method + EQUAL,
               split='ood', metric='success')
         for m, method in enumerate(CONTROLS)
     ])

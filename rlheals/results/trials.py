@@ -14,7 +14,7 @@ from .testing import ALPHA, holm
 
 # %% ../../nbs/4_results/18_trials.ipynb #5f5ec49f
 def _with(world, **changes): return world | changes
-def _flat_after(curve, value=None): return np.where(STEPS > 140, curve[2] if value is None else value, curve)
+def _flat_after(curve): return np.where(STEPS > 140, curve[2], curve)
 def _raise(rl, index, value): return np.where(np.arange(len(rl)) == index, value, rl)
 
 # %% ../../nbs/4_results/18_trials.ipynb #cef2ae5d
@@ -43,7 +43,6 @@ def nulls(
     middle = np.interp(STEPS, [0, 800, 1100], [0, w['ood'][2], w['ood'][-1]])
     past = w['ood'].max() + .05 - w['rl'].max()
     at = np.searchsorted(STEPS[1:], w['equal_starts'])
-    lost = lambda control: {control: w['low']}
     top, d = w['max_ood'], w['dose']
     level_slope = np.r_[2 * (d[3] - top) + d[2], d[1:]]  # least squares over 0, 1/4, 1/2, 3/4 and 1
     shift = np.clip(level_slope[0], 0, 1) - level_slope[0]
@@ -70,10 +69,10 @@ def nulls(
         ('C6', 2): _with(w, dose_random=d, peak_ids=w['peak_ids'] | dict(dose_random=w['peak_ids']['dose'])),
         ('C7a', 0): _with(w, low=w['low'] * [1, 1, 0]),
         ('C7a', 1): _with(w, part=np.zeros(4)),
-        ('C7b', 0): _with(w, **lost('line')),
+        ('C7b', 0): _with(w, line=w['low']),
         ('C7b', 1): _with(w, other=w['low'][-1]),
-        ('C7b', 2): _with(w, **lost('low_values')),
-        ('C7b', 3): _with(w, **lost('low_random')),
+        ('C7b', 2): _with(w, low_values=w['low']),
+        ('C7b', 3): _with(w, low_random=w['low']),
         ('C8', 0): _with(w, rl_imposed=w['rl_end']),
         **{('C9', k): _with(w, skew=_raise(w['skew'], i, .2)) for k, i in enumerate((0, 16))},
         **{('C9', 2 + k): _with(w, implied=_raise(w['implied'], i, 1.)) for k, i in enumerate((0, 16))},
