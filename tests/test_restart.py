@@ -1,4 +1,4 @@
-"""An RL job that is killed again and again ends with the weights and tables of one that never was."""
+"""SFT and RL that are killed again and again end with the weights and tables of those that never were."""
 import os, random, signal, subprocess, sys, time
 import pytest
 from rlheals.training.models import load_model, save_model
@@ -51,3 +51,39 @@ def test_killed_five_times(tmp_path, task):
         assert not killed.checkpoint('rl', 4).exists()
     assert again().wait(timeout=300) == 0
     assert results(killed) == results(run)
+
+
+SFT = ('sft.max_steps=16', 'sft.checkpoints=0,5,10,16')
+SFT_CODE = (
+    "from pathlib import Path; from rlheals.training.sft import sft_stage; from rlheals.training.runs import Run; "
+    f"sft_stage(Run('smoke', {SFT!r}, root=Path('runs')), keep_every=0)"
+)
+
+
+def test_sft_killed_three_times(tmp_path):
+    def job(home):
+        home.mkdir(exist_ok=True)
+        run = Run('smoke', SFT, root=home/'runs')
+        env = os.environ | dict(HF_HUB_OFFLINE='1')
+        return run, subprocess.Popen([sys.executable, '-c', SFT_CODE], cwd=home, env=env, stderr=subprocess.DEVNULL)
+    def made(run):
+        weights = [run.checkpoint('sft', s)/'model.safetensors' for s in run.config['sft']['checkpoints']]
+        return [p.read_bytes() for p in (*weights, run.table('losses'))]
+
+    whole, process = job(tmp_path/'whole')
+    assert process.wait(timeout=300) == 0
+    assert not whole.path('partial', 'sft').exists()  # what was kept for a restart is gone
+    rng, last = random.Random(0), 0
+    for _ in range(3):
+        killed, process = job(tmp_path/'killed')
+        # `SHA256SUMS` is what makes a state count
+        done = lambda: max((int(p.parent.name[11:]) for p in killed.path('partial').glob('sft/*/SHA256SUMS')), default=0)
+        while process.poll() is None and done() <= last: time.sleep(.01)
+        time.sleep(rng.random() * .25)  # and then anywhere: in a backward pass, an update, a write
+        assert process.poll() is None, 'it ended before it could be killed'
+        process.send_signal(signal.SIGKILL); process.wait()
+        assert not killed.table('losses').exists()
+        last = done()
+    again, process = job(tmp_path/'killed')
+    assert process.wait(timeout=300) == 0
+    assert made(again) == made(whole)
