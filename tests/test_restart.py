@@ -77,12 +77,16 @@ def test_sft_killed_three_times(tmp_path):
     for _ in range(3):
         killed, process = job(tmp_path/'killed')
         # `SHA256SUMS` is what makes a state count
-        done = lambda: max((int(p.parent.name[11:]) for p in killed.path('partial').glob('sft/*/SHA256SUMS')), default=0)
+        kept = lambda: killed.path('partial', 'sft').glob('checkpoint-*/SHA256SUMS')
+        done = lambda: max((int(p.parent.name.rpartition('-')[2]) for p in kept()), default=0)
         while process.poll() is None and done() <= last: time.sleep(.01)
         time.sleep(rng.random() * .25)  # and then anywhere: in a backward pass, an update, a write
         assert process.poll() is None, 'it ended before it could be killed'
         process.send_signal(signal.SIGKILL); process.wait()
         assert not killed.table('losses').exists()
+        # as the workflow does before it runs a job again
+        for step in killed.config['sft']['checkpoints']:
+            (killed.checkpoint('sft', step)/'model.safetensors').unlink(missing_ok=True)
         last = done()
     again, process = job(tmp_path/'killed')
     assert process.wait(timeout=300) == 0
