@@ -81,19 +81,21 @@ class MatrixTask(Task):
 class Rank(MatrixTask):
     "The rank of a matrix of whole numbers: 4 x 5 (ID) or 5 x 4 (OOD)."
     name = 'rank'
+    shapes = dict(id=(4, 5), ood=(5, 4))  # rows and columns
 
     def sample(self, rng, split):
         self.check_split(split)
-        ood, rank = split.startswith('ood'), int(rng.integers(0 if split == 'train' else 1, 5))
+        ood = split.startswith('ood')
+        rank = int(rng.integers(0 if split == 'train' else 1, min(self.shapes['id']) + 1))
         while True:
             matrix = self.draw(rng, rank, ood)
             if home_of(self.name, key := disguise_free(matrix)) == split or not rank:
                 return Problem(self.name, split, key, dict(matrix=matrix, rank=rank))
 
-    @staticmethod
-    def draw(rng, rank: int, ood: bool) -> list[list[int]]:
+    @classmethod
+    def draw(cls, rng, rank: int, ood: bool) -> list[list[int]]:
         "Draw a matrix of a given rank as a product of two factors."
-        (m, n), most = ((5, 4), 5) if ood else ((4, 5), 4)
+        (m, n), most = cls.shapes['ood' if ood else 'id'], 5 if ood else 4
         while True:
             factors = rng.integers(-most, most + 1, (m + n, rank))
             # the product cannot have a higher rank

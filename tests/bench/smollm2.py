@@ -1,71 +1,119 @@
-"""What the README's shortened run of `smollm2` took, stage by stage, beside what was planned; and what the model
-answered before and after SFT.
+"""Tokens per second of a real language model, SmolLM2-135M-Instruct, in SFT, generation and PPO:
 
-    rlheals reproduce --profile smollm2 --set ...        (as in the README)
-    python tests/bench/smollm2.py [--runs DIRECTORY] [--write]    (--write: figures/smollm2-short)
-"""
-import argparse, json, re, shlex, shutil
+    python tests/bench/smollm2.py [OLD_CHECKOUT] [--set KEY=VALUE ...]
+
+Prompts and answers are those of the profile `smollm2-short`. Each checkout works in processes of its own, by turns, and
+counts its own tokens: those of training examples, of answers, and of the prompts and answers that a PPO update reads.
+Beside them stands a roofline: twice the parameters of the linear layers in multiplications and additions per token
+forward, three times that in training, at the rate at which this machine multiplies matrices of the model's size."""
+import argparse, json, os, statistics, subprocess, sys, time, warnings
 from pathlib import Path
-import pandas as pd
-from rlheals.running.duration import STAGES, seconds_of, this_device
-from rlheals.training.runs import Run
 
-ROOT = Path(__file__).parents[2]
-TO = ROOT/'figures'/'smollm2-short'
+HERE = Path(__file__).parents[2]
 
 
-def shortened(root):
-    "The run of the README's command."
-    said = re.search(
-        r'^rlheals reproduce --profile smollm2 (--set (?:.*\\\n)*.*)$', (ROOT / 'README.md').read_text(), re.M
-    )[1]
-    return Run('smollm2', tuple(w for w in shlex.split(said.replace('\\\n', ' ')) if w != '--set'), root=Path(root))
+def first(*places):
+    "The first of these `module:name` that this checkout has."
+    from importlib import import_module
+    for place in places:
+        module, _, name = place.partition(':')
+        try: return getattr(import_module(f'rlheals.{module}'), name)
+        except (ImportError, AttributeError): pass
+    raise ImportError(f'none of {places}')
 
 
-def stages(run):
-    "Minutes of each stage: of its notebooks from beginning to end, and as the plan for this machine has it."
-    device, _ = this_device()
-    took = lambda f: json.loads(f.read_text())['metadata']['papermill']['duration'] / 60
-    of = {
-        s: [
-            f
-            for f in sorted(run.path('notebooks').glob('*.ipynb'))
-            if f.stem.split('-')[0] == dict(evaluate='eval').get(s, s)
-        ]
-        for s in STAGES
-    }
-    return pd.DataFrame(
-        [
-            dict(
-                stage=s,
-                notebooks=len(of[s]),
-                minutes=round(sum(map(took, of[s])), 1),
-                planned=round(seconds_of(run, s, device) / 60, 1),
-            )
-            for s in STAGES
-        ]
-    )
+def measured(what, settings):
+    "Tokens per second of one thing, in this process."
+    import torch
+    load_model = first('training.models:load_model', 'models:load_model')
+    first('training.computing:set_up_torch', 'models:set_up_torch')(settings['threads'], seed=0)
+    task = first('tasks.protocol:load_task', 'tasks:load_task')(settings['task'], **settings['options'])
+    problem_set = first('tasks.protocol:problem_set', 'tasks:problem_set')
+    generate, encode = (first(f'training.generation:{f}', f'models:{f}') for f in ('generate', 'encode'))
+    scale = dict(sharding='none', precision='float32', gradient_checkpointing=False) | settings['scale']
+    model, tok = load_model('smollm2', 'cpu', scale=scale)
+    ticks = [time.perf_counter()]
+    tick = lambda *_: ticks.append(time.perf_counter())
+    if what == 'generation':
+        prompts = [encode(tok, [task.prompt(p)]) for p in problem_set(task, 'train', settings['envs'])]
+        tokens = []
+        for seed in range(3):
+            tokens.append(sum(map(len, generate(model, tok, prompts, settings['max_new_tokens'], 1., seed)))); tick()
+        return tokens[1:], ticks[1:]
+    profile = first('training.rules:load_profile', 'profiles:load_profile')('smollm2')
+    if what == 'sft':
+        as_dataset = first('tasks.gym:as_dataset', 'views:as_dataset')
+        pairs = first('tasks.protocol:examples', 'tasks:examples')(task, 'train', settings['batch'] * 4, 0)
+        c = profile['sft'] | dict(max_steps=4, batch_size=settings['batch'], checkpoints=[], warmup_steps=1)
+        read = [0]
+        def counted(module, args, kwargs): read[0] += int(kwargs['attention_mask'].sum()) if module.training else 0
+        model.register_forward_pre_hook(counted, with_kwargs=True)
+        steps = []
+        def step(*_): tick(); steps.append(read[0])
+        first('training.sft:train_sft', 'sft:train_sft')(
+            model, tok, as_dataset(task, pairs, bool(tok.chat_template)), {}, c, progress=step)
+        return [b - a for a, b in zip(steps, steps[1:])], ticks[1:]
+    c = profile['rl'] | dict(updates=3, envs=settings['envs'], turns=2, epochs=2, minibatch=settings['batch'],
+                             micro_batch=settings['micro_batch'], log_kl=False, threads=settings['threads'])
+    log, _ = first('training.ppo:train_ppo', 'ppo:train_ppo')(
+        model, tok, task, c, settings['max_new_tokens'], progress=tick)
+    # what an update is: answers sampled, read with their prompts, and learnt from
+    answers = log[log.metric == 'response_tokens'].value * c['envs'] * c['turns']
+    return answers.tolist()[1:], ticks[1:]
 
 
-def answers(run):
-    "The cell of the executed notebook of SFT in which the model answers one problem of each split, before and after."
-    cells = json.loads(run.path('notebooks', 'sft.ipynb').read_text())['cells']
-    texts = (''.join(''.join(o['text']) for o in c.get('outputs', ()) if o['output_type'] == 'stream') for c in cells)
-    return next(t for t in texts if 'step 0:' in t)
+def rate(checkout, what, settings):
+    "Tokens per second of one thing in a checkout: the median over what was repeated."
+    code = 'import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")'
+    env = os.environ | dict(PYTHONPATH=str(checkout), HF_HUB_OFFLINE='1', PYTHONSAFEPATH='1')
+    words = [sys.executable, '-c', code, __file__, '--measure', what, json.dumps(settings)]
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    if done.returncode: sys.exit(f'{checkout}: {done.stderr[-2000:]}')
+    tokens, ticks = json.loads(done.stdout.splitlines()[-1])
+    return statistics.median(n / (b - a) for n, a, b in zip(tokens, ticks, ticks[1:]))
+
+
+def roofline(settings):
+    "Tokens per second of the linear layers' products alone: (forward, forward and backward)."
+    import torch
+    from rlheals.training.models import load_model
+    torch.set_num_threads(settings['threads'])
+    model, _ = load_model('smollm2', 'cpu')
+    dtype = getattr(torch, settings['scale'].get('precision', 'float32'))
+    shapes = [m.weight.shape for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    tokens, took = 1024, 0.
+    for out, into in set(shapes):
+        x, W = torch.randn(tokens, into, dtype=dtype), torch.randn(into, out, dtype=dtype)
+        times = []
+        for _ in range(4):
+            started = time.perf_counter(); x @ W; times.append(time.perf_counter() - started)
+        took += min(times) * shapes.count((out, into))
+    return tokens / took, tokens / took / 3
 
 
 if __name__ == '__main__':
+    warnings.filterwarnings('ignore')
+    if sys.argv[1:2] == ['--measure']:
+        print(json.dumps(measured(sys.argv[2], json.loads(sys.argv[3]))))
+        sys.exit()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--runs', default='runs')
-    parser.add_argument('--write', action='store_true')
+    parser.add_argument('old', nargs='?')
+    parser.add_argument('--set', action='append', default=[])
     args = parser.parse_args()
-    run = shortened(args.runs)
-    if not (run.dir / 'figures' / 'F1.json').exists():
-        raise SystemExit(f'{run.dir} has no finished run: make it first, with the command of the README')
-    table = stages(run)
-    print(table.to_string(index=False), answers(run), sep='\n\n')
-    if args.write:
-        shutil.rmtree(TO, ignore_errors=True)
-        shutil.copytree(run.dir/'figures', TO)
-        table.to_csv(TO/'stages.csv', index=False, lineterminator='\n')
-        (TO/'answers.txt').write_text(answers(run))
+    settings = dict(task='general_points', options=dict(style='brief', tries=5), batch=16, micro_batch=8, envs=16,
+                    max_new_tokens=64, threads=os.cpu_count(), scale={})
+    for pair in args.set:
+        key, _, value = pair.partition('=')
+        try: settings[key] = json.loads(value)
+        except ValueError: settings[key] = value
+    checkouts = dict(old=Path(args.old).resolve()) if args.old else {}
+    checkouts['new'] = HERE
+    forward, training = roofline(settings)
+    print(f'linear layers alone: {forward:.0f} tokens per second forward, {training:.0f} forward and backward')
+    for what in ('sft', 'generation', 'ppo'):
+        rates = {name: [] for name in checkouts}
+        for _ in range(2):  # by turns, so that whatever else the machine does slows both
+            for name, checkout in checkouts.items(): rates[name].append(rate(checkout, what, settings))
+        rates = {name: statistics.median(r) for name, r in rates.items()}
+        ratio = f", {rates['new'] / rates['old']:.2f} times" if args.old else ''
+        print(f"{what}: {', '.join(f'{name} {r:.0f}' for name, r in rates.items())} tokens per second{ratio}", flush=True)
