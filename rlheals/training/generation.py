@@ -47,7 +47,6 @@ def shared_start(
 @lru_cache(maxsize=1)
 def _growing_layer():
     from transformers.cache_utils import DynamicLayer
-
     class GrowingLayer(DynamicLayer):
         """Keys and values in a buffer with room to grow: a new token is written in place, where `DynamicLayer` copies
         everything. Attention gets the whole buffer (each matrix product would copy a part of it) and a mask for the
@@ -97,10 +96,8 @@ def _growing_layer():
 # %% ../../nbs/2_training/04_generation.ipynb #fccabd9c
 def _cache(model):
     from transformers.cache_utils import Cache, DynamicCache
-
-    return (
-        Cache(layer_class_to_replicate=_growing_layer()) if attends_to_all(model) else DynamicCache(config=model.config)
-    )
+    if not attends_to_all(model): return DynamicCache(config=model.config)
+    return Cache(layer_class_to_replicate=_growing_layer())
 
 # %% ../../nbs/2_training/04_generation.ipynb #929a7a23
 def cache_argument(
@@ -163,10 +160,13 @@ def generate(
     first: int = 0,
     kept: Kept | None = None,  # what to go on from, and where to keep what is needed for the next turn
     names=None,  # names of the conversations, by which `kept` knows them
+    # gets, for the place of each context, the log-probability of its answer and the last hidden state (h,) of the
+    # context; at a temperature above 0
+    seen: dict | None = None,
 ) -> list[list[int]]:
     "Token ids of one answer per context, without padding; the end token is kept if the model wrote it."
     import torch
-    answers, was_training = {}, model.training
+    answers, noted, was_training = {}, {}, model.training
     model.eval()
     seeds = seed if isinstance(seed, list) else [seed] * len(contexts)
     chance = _chances(seeds, first, max_new_tokens)
@@ -178,11 +178,14 @@ def generate(
         keep = kept and attends_to_all(model) and _bytes(model, these, max_new_tokens) <= kept.most
         keep_row = (lambda k, tokens, layers: new.update({names[rows[k]]: (tokens, layers)})) if keep else None
         given = these, max_new_tokens, temperature, chance[rows].to(model.device)
-        return dict(zip(rows, _generate(model, tokenizer, *given, [known[i] for i in rows], keep_row)))
+        said, logprobs, hidden = _generate(model, tokenizer, *given, [known[i] for i in rows], keep_row)
+        noted.update(zip(rows, zip(logprobs.tolist(), hidden)))
+        return dict(zip(rows, said))
 
     with torch.inference_mode(), computing(model):
         for more in in_parts(part, order, batch_size, 'generation'): answers |= more
     if kept: kept.rows = new
+    if seen is not None: seen.update((i, (p, h.clone())) for i, (p, h) in noted.items())  # outside inference mode
     model.train(was_training)
     return [answers[i] for i in range(len(contexts))]
 
@@ -194,10 +197,15 @@ def _row(cache, mask, row, tokens):  # keys and values of the first tokens of a 
                             device=x.device) for x in cache.layers]
 
 # %% ../../nbs/2_training/04_generation.ipynb #c807673d
-def _next_logits(model, ids, mask, position, cache):  # logits (B, V) of the token after `ids`
-    out = model(input_ids=ids, attention_mask=mask, position_ids=position, **cache_argument(model, cache),
-                use_cache=True, logits_to_keep=1)
-    return out.logits[:, -1].float()
+# (logits (B, V) of the token after `ids`, hidden state (B, h) that they are computed from)
+def _next_logits(model, ids, mask, position, cache):
+    hidden = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda layer, args: hidden.append(args[0][:, -1]))
+    try:
+        out = model(input_ids=ids, attention_mask=mask, position_ids=position, **cache_argument(model, cache),
+                    use_cache=True, logits_to_keep=1)
+    finally: hook.remove()
+    return out.logits[:, -1].float(), hidden[0]
 
 # %% ../../nbs/2_training/04_generation.ipynb #2dd4d7c9
 def _like_lengths(lengths):  # places in ascending lengths at which groups end that need little padding
@@ -223,11 +231,11 @@ def _read(model, tokenizer, texts, cache, mask):  # a part of `_prefill`: more t
     enc = tokenizer.pad(dict(input_ids=texts), padding_side='left', return_tensors='pt').to(model.device)
     mask = torch.cat([mask, enc['attention_mask']], 1)
     position = (mask.cumsum(1) - 1).clamp(min=0)[:, -enc['input_ids'].shape[1]:]
-    return _next_logits(model, enc['input_ids'], mask, position, cache), cache, mask, position[:, -1:]
+    return *_next_logits(model, enc['input_ids'], mask, position, cache), cache, mask, position[:, -1:]
 
 # %% ../../nbs/2_training/04_generation.ipynb #9b7a92ba
-# (logits (B, V) after the contexts, cache of keys and values, mask (B, L), position (B, 1) of the last token), and the
-# places of the B contexts; `known`: for each context what `Kept` has of it
+# (logits (B, V) after the contexts, last hidden state (B, h), cache of keys and values, mask (B, L), position (B, 1) of
+# the last token), and the places of the B contexts; `known`: for each context what `Kept` has of it
 def _prefill(model, tokenizer, contexts, known):
     import torch
     n = min([shared_start(model, contexts), *(row[0].written for row in known if row)])
@@ -251,16 +259,18 @@ def _prefill(model, tokenizer, contexts, known):
         parts.append(_read(model, tokenizer, rest, cache, mask))
         order += again
     if len(parts) == 1: return parts[0], order
-    logits, caches, masks, positions = zip(*parts)
+    logits, hidden, caches, masks, positions = zip(*parts)
     cache, mask = _joined(model, [(c.layers, m) for c, m in zip(caches, masks)], n)
-    return (torch.cat(logits), cache, mask, torch.cat(positions)), order
+    return (torch.cat(logits), torch.cat(hidden), cache, mask, torch.cat(positions)), order
 
 # %% ../../nbs/2_training/04_generation.ipynb #149b50bb
+# (answers of the B contexts, their log-probabilities (B,), last hidden states (B, h) of the contexts)
 def _generate(model, tokenizer, contexts, max_new_tokens, temperature, chance, known, keep_row):
     import torch
     eos, answers = tokenizer.eos_token_id, [[] for _ in contexts]
     # rows: the answer that each row of the batch writes
-    (logits, cache, mask, position), rows = _prefill(model, tokenizer, contexts, known)
+    (logits, hidden, cache, mask, position), rows = _prefill(model, tokenizer, contexts, known)
+    hidden, logprobs = hidden[torch.tensor(rows).argsort()], torch.zeros(len(rows), device=model.device)
     ended = mask.new_zeros(len(contexts), dtype=torch.bool)
     def keep_rows(some):  # that leave the batch
         if not keep_row: return
@@ -270,8 +280,10 @@ def _generate(model, tokenizer, contexts, max_new_tokens, temperature, chance, k
             keep_row(rows[row], text, _row(cache, mask, row, len(text)))
     for step in range(max_new_tokens):
         if temperature > 0:  # first token at which the cumulative probability passes a uniform number
-            sums = (logits / temperature).softmax(-1).cumsum(-1)
+            chances = (logits / temperature).softmax(-1)
+            sums = chances.cumsum(-1)
             token = torch.searchsorted(sums, chance[rows, step, None] * sums[:, -1:], right=True)[:, 0]
+            logprobs[rows] += torch.where(ended, 0., chances.gather(1, token[:, None])[:, 0].log())
         else: token = logits.argmax(-1)
         for row, t in zip(rows, token.tolist()): answers[row].append(t)
         ended |= token == eos
@@ -283,13 +295,8 @@ def _generate(model, tokenizer, contexts, max_new_tokens, temperature, chance, k
             keep = ended.int().argsort(stable=True)[:size].sort()[0]
             keep_rows(sorted({*range(len(rows))} - {*keep.tolist()}))
             cache.batch_select_indices(keep)
-            rows, mask, position, token, ended = (
-                [rows[i] for i in keep.tolist()],
-                mask[keep],
-                position[keep],
-                token[keep],
-                ended[keep],
-            )
+            rows = [rows[i] for i in keep.tolist()]
+            mask, position, token, ended = (x[keep] for x in (mask, position, token, ended))
         position, mask = position + 1, torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-        logits = _next_logits(model, token[:, None], mask, position, cache)
-    return [a[:a.index(eos) + 1] if eos in a else a for a in answers]
+        logits, _ = _next_logits(model, token[:, None], mask, position, cache)
+    return [a[:a.index(eos) + 1] if eos in a else a for a in answers], logprobs, hidden

@@ -15,7 +15,7 @@ from ..core.distributed import (all_reduce_sum, clip_gradients, frozen_copy, gat
                                       reduce_stats, with_weights)
 from ..tasks.protocol import Task
 from .computing import check_finite, halving
-from .generation import Kept, encode
+from .generation import Kept, encode, generate
 from .rollouts import Environments, vllm_engine
 from .logprobs import logprobs_and_values, nested_inputs, value_head
 from .ppo_state import load_state, save_state, weight_sums
@@ -73,21 +73,32 @@ def collect(
     logprobs, values, rewards, dones, of length T * N, turn by turn; next_values (N,), of the prompts that come after;
     solved, one per episode that ended."""
     import torch
-    rows, kept = 2 * c['micro_batch'], Kept()  # without gradients there is room for more
+    kept, seen = Kept(), [{} for _ in range(c['turns'])]
     with gathered(model), torch.no_grad():
         turns = [
-            envs.step(model, tokenizer, c['max_new_tokens'], c['temperature'], seed + t, engine, kept)
+            envs.step(model, tokenizer, c['max_new_tokens'], c['temperature'], seed + t, engine, kept, seen[t])
             for t in range(c['turns'])
         ]
         batch = {k: [x for turn in turns for x in turn[k]] for k in turns[0]}
-        logprobs, _, values = logprobs_and_values(
-            model, head, batch['contexts'], batch['answers'], c['temperature'], rows
-        )
-        next_values = torch.zeros(len(envs.episodes), device=model.device)
         # only an open episode needs the value of what comes next
-        if is_open := [i for i, e in enumerate(envs.episodes) if e.verdicts]:
-            prompts = [encode(tokenizer, envs.episodes[i].turns) for i in is_open]
-            next_values[is_open] = logprobs_and_values(model, head, prompts, [[]] * len(prompts), rows=rows)[2]
+        is_open = [i for i, e in enumerate(envs.episodes) if e.verdicts]
+        episodes = [envs.episodes[i] for i in is_open]
+        prompts = [encode(tokenizer, e.turns) for e in episodes]
+        next_values = torch.zeros(len(envs.episodes), device=model.device)
+        if engine is None and model.dtype == torch.float32 and not hasattr(model, 'computes_in'):
+            by_place = [of[i] for of in seen for i in range(len(of))]
+            logprobs, hidden = torch.tensor([p for p, _ in by_place]), torch.stack([h for _, h in by_place])
+            values, after = head(hidden)[:, 0], {}
+            if is_open:  # one token each, for the states of the prompts
+                generate(model, tokenizer, prompts, 1, kept=kept, names=[id(e) for e in episodes], seen=after)
+                next_values[is_open] = head(torch.stack([after[k][1] for k in range(len(prompts))]))[:, 0]
+        else:  # in bfloat16 a sum over an answer's tokens differs too much from the one that has gradients
+            rows = 2 * c['micro_batch']  # without gradients there is room for more
+            logprobs, _, values = logprobs_and_values(
+                model, head, batch['contexts'], batch['answers'], c['temperature'], rows
+            )
+            if is_open:
+                next_values[is_open] = logprobs_and_values(model, head, prompts, [[]] * len(prompts), rows=rows)[2]
     batch |= dict(logprobs=logprobs.tolist(), values=values.tolist(), rewards=[v.reward for v in batch['verdicts']])
     ends = dict(solved=batch.pop('solved'), next_values=next_values.tolist())
     batch = gather_batch(batch, c['turns']) | gather_batch(ends, 1)

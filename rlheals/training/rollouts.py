@@ -23,6 +23,7 @@ def answer_all(
     first: int = 0,  # number of episodes before these that other processes answer
     engine=None,  # function contexts -> answers (default: `generate` with the model)
     kept: Kept | None = None,  # from the turns before, under the same weights
+    seen: dict | None = None,  # of `generate`
 ) -> tuple[list[list[int]], list[list[int]]]:
     "Answer each episode once, in one batch; returns (contexts, answers), both as token ids."
     contexts = [encode(tokenizer, e.turns) for e in episodes]
@@ -31,7 +32,7 @@ def answer_all(
         if engine
         else generate(
             model, tokenizer, contexts, max_new_tokens, temperature, seed, first=first, kept=kept,
-            names=[id(e) for e in episodes],
+            names=[id(e) for e in episodes], seen=seen,
         )
     )
     for e, text in zip(episodes, tokenizer.batch_decode(answers, skip_special_tokens=True)): e.answer(task, text)
@@ -118,12 +119,14 @@ class Environments:
         seed: int,  # of sampling
         engine=None,  # contexts -> answers, in place of `generate`
         kept: Kept | None = None,  # from the turns before, under the same weights
+        seen: dict | None = None,  # of `generate`
     ) -> dict:
         """One answer in every environment: lists with an entry for each, of which `attempts` counts the wrong answers
         before this one; `solved` has an entry for each episode that ended."""
         attempts, first = [e.tried for e in self.episodes], self.numbers.start
         contexts, answers = answer_all(
-            model, tokenizer, self.task, self.episodes, max_new_tokens, temperature, seed, first, engine, kept
+            model, tokenizer, self.task, self.episodes, max_new_tokens, temperature, seed, first, engine, kept,
+            seen,
         )
         verdicts, dones = zip(*((e.verdicts[-1], e.done(self.task)) for e in self.episodes))
         solved = [e.solved for e, done in zip(self.episodes, dones) if done]
