@@ -12,7 +12,7 @@ from functools import lru_cache
 from types import SimpleNamespace
 from ..core.distributed import computing
 from .computing import in_parts, rounded
-from .models import is_lora
+from .models import is_lora, skip_before
 
 # %% ../../nbs/2_training/04_generation.ipynb #dfa1e8f8
 def encode(
@@ -155,13 +155,10 @@ def generate(
     temperature: float = 0.,  # sampling temperature (0: greedy)
     seed=0,  # seed of the samples; a list has one for each context
     batch_size: int = 512,
-    # number of contexts before these that other processes answer: random numbers depend on the seed and the position
-    # among all
-    first: int = 0,
+    first: int = 0,  # number of contexts before these that other processes answer: random numbers depend on it
     kept: Kept | None = None,  # what to go on from, and where to keep what is needed for the next turn
     names=None,  # names of the conversations, by which `kept` knows them
-    # gets, for the place of each context, the log-probability of its answer and the last hidden state (h,) of the
-    # context; at a temperature above 0
+    # gets, for the place of each context, its answer's log-probability (if sampled) and its last hidden state (h,)
     seen: dict | None = None,
 ) -> list[list[int]]:
     "Token ids of one answer per context, without padding; the end token is kept if the model wrote it."
@@ -202,8 +199,9 @@ def _next_logits(model, ids, mask, position, cache):
     hidden = []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda layer, args: hidden.append(args[0][:, -1]))
     try:
-        out = model(input_ids=ids, attention_mask=mask, position_ids=position, **cache_argument(model, cache),
-                    use_cache=True, logits_to_keep=1)
+        with skip_before(model, ids.shape[1] - 1):
+            out = model(input_ids=ids, attention_mask=mask, position_ids=position, **cache_argument(model, cache),
+                        use_cache=True, logits_to_keep=1)
     finally: hook.remove()
     return out.logits[:, -1].float(), hidden[0]
 
@@ -242,7 +240,7 @@ def _prefill(model, tokenizer, contexts, known):
     begin, parts, order = _cache(model), [], []
     if n:
         ids = torch.tensor([contexts[0][:n]], device=model.device)
-        model(input_ids=ids, **cache_argument(model, begin), use_cache=True, logits_to_keep=1)
+        with skip_before(model, n): model(input_ids=ids, **cache_argument(model, begin), use_cache=True, logits_to_keep=1)
     fresh, again = ([i for i, row in enumerate(known) if bool(row) == have] for have in (False, True))
     lengths = [len(contexts[i]) - n for i in fresh]
     for end in _like_lengths(lengths) if attends_to_all(model) else [len(fresh)]:

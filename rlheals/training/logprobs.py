@@ -8,7 +8,7 @@ __all__ = ['value_head', 'nested', 'nested_inputs', 'logprobs_and_values']
 # %% ../../nbs/2_training/14_logprobs.ipynb #f5171673
 from ..core.distributed import computing, in_step, is_sharded, recompute
 from .computing import in_parts, rounded
-from .models import is_lora
+from .models import logits_from, skip_before, trunk
 from .generation import cache_argument, shared_start
 
 # %% ../../nbs/2_training/14_logprobs.ipynb #d79a02b2
@@ -91,26 +91,29 @@ def _score(model, contexts, answers, temperature):  # (log-probability (B,), ent
 def _hidden_states(model, contexts, read, groups):  # (R, L, h): a row for each group; tokens at the start left out
     import torch
     from torch.nn.utils.rnn import pad_sequence
-    trunk = model.get_base_model().base_model if is_lora(model) else model.base_model
     # sharded, a layer's weights are there for the gradients of one pass, not for those that come back through the
     # cache of another
     shared = 0 if model.is_activation_checkpointing or is_sharded(model) else shared_start(model, contexts)
-    past = _cached_start(model, trunk, contexts[0][:shared], rounded(len(groups))) if shared else None
+    past = _cached_start(model, contexts[0][:shared], rounded(len(groups))) if shared else None
     rows = [torch.tensor(read[g[-1]][shared:], device=model.device) for g in groups]
     ids = pad_sequence(rows, batch_first=True)  # (R, L), padded on the right: causal attention never sees it
     # sizes that come again keep memory from growing (see `rounded`); but zeros between a gradient's rows, not
     # only after them, would change its last bits
     longer = 0 if torch.is_grad_enabled() else rounded(ids.shape[1]) - ids.shape[1]
     ids = torch.nn.functional.pad(ids, (0, longer, 0, rounded(len(rows)) - len(rows)))
-    return trunk(input_ids=ids, **cache_argument(trunk, past), use_cache=bool(shared)).last_hidden_state, shared
+    first = min(map(len, contexts)) - shared - 1  # the last token of the shortest prompt
+    with skip_before(model, first):
+        out = trunk(model)(input_ids=ids, **cache_argument(trunk(model), past), use_cache=bool(shared))
+    return out.last_hidden_state, shared
 
 # %% ../../nbs/2_training/14_logprobs.ipynb #5738bb93
-def _cached_start(model, trunk, tokens, rows):  # keys and values of a start that all rows share; gradients pass through
+def _cached_start(model, tokens, rows):  # keys and values of a start that all rows share; gradients pass through
     import torch
     from transformers import DynamicCache
     past = DynamicCache(config=model.config)
     ids = torch.tensor([tokens], device=model.device)
-    trunk(input_ids=ids, **cache_argument(trunk, past), use_cache=True)
+    with skip_before(model, len(tokens)):  # only keys and values are needed
+        trunk(model)(input_ids=ids, **cache_argument(trunk(model), past), use_cache=True)
     past.batch_repeat_interleave(rows)
     return past
 
@@ -123,7 +126,7 @@ def _score_tokens(model, hidden, row, start, n, answers, temperature):  # (log-p
     column = torch.arange(len(of), device=model.device) - (n.cumsum(0) - n)[of] + start[of] - 1
     N, zeros = len(of), torch.zeros(len(n), device=model.device)
     wide = torch.nn.functional.pad(hidden[row[of], column], (0, 0, 0, rounded(N) - N))
-    logp = (model.get_output_embeddings()(wide).float() / temperature).log_softmax(-1)  # (N and more, vocabulary)
+    logp = (logits_from(model, wide) / temperature).log_softmax(-1)  # (N and more, vocabulary)
     total = zeros.index_add(0, of, logp[:N].gather(1, tokens[:, None])[:, 0])
     entropy = zeros.index_add(0, of, -(logp.exp() * logp).sum(-1)[:N]) / n.clamp(min=1)
     return total, entropy

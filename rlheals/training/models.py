@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'SMOLLM2', 'LOADABLE', 'WEIGHTS', 'INDEX', 'attention', 'find_model', 'is_gguf', 'load_model', 'is_weights',
-           'save_model', 'add_lora', 'is_lora', 'merged']
+           'save_model', 'add_lora', 'is_lora', 'merged', 'trunk', 'logits_from', 'skip_before']
 
 # %% ../../nbs/2_training/02_models.ipynb #31982e80
 import contextlib, copy, io, json, tempfile
@@ -228,3 +228,40 @@ def is_lora(model) -> bool:
 def merged(model):
     "A plain model with the adapters added to the weights; a model without adapters is returned as it is."
     return copy.deepcopy(model).merge_and_unload() if is_lora(model) else model
+
+# %% ../../nbs/2_training/02_models.ipynb #7d254420
+def trunk(model):
+    "The model without its head (token ids -> `last_hidden_state`); adapters included."
+    return model.get_base_model().base_model if is_lora(model) else model.base_model
+def logits_from(
+    model,
+    hidden,  # last hidden states (..., h)
+):
+    "The logits (..., V) that a model computes from its last hidden states, in float32."
+    import torch
+    c, logits = model.config.get_text_config(), model.get_output_embeddings()(hidden).float()
+    if scale := getattr(c, 'logit_scale', None): logits = logits * scale  # Cohere
+    if scale := getattr(c, 'logits_scaling', None): logits = logits / scale  # Granite
+    if cap := getattr(c, 'final_logit_softcapping', None): logits = cap * torch.tanh(logits / cap)  # Gemma
+    return logits
+
+# %% ../../nbs/2_training/02_models.ipynb #30b225f9
+@contextlib.contextmanager
+def skip_before(
+    model,
+    first: int,  # column of the first token whose last hidden state is needed; those before it become meaningless
+):
+    "A context in which the MLP of the last layer leaves out the first columns of its input (B, L, h)."
+    from torch.nn.functional import pad
+    # a sharded layer gathers its weights for a whole pass, and one that is computed again must give the same shapes
+    if first <= 0 or is_sharded(model) or model.is_activation_checkpointing: yield; return
+    layers = getattr(trunk(model), 'layers', None)
+    mlp = getattr(layers[-1], 'mlp', None) if layers else None
+    if mlp is None: yield; return
+    whole = mlp.forward
+    def part(x):
+        out = whole(x[:, first:])
+        return pad(out, (0, 0, first, 0)) if hasattr(out, 'shape') else whole(x)  # experts also return their router
+    mlp.forward = part
+    try: yield
+    finally: del mlp.forward
