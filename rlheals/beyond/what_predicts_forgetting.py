@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'LEVELS', 'AT_STEPS', 'paths', 'points', 'fit_ranks', 'held_out', 'skill', 'scores', 'two_best', 'set_against',
-           's7', 'reading_s7', 'save_s7']
+           's7', 'reading_s7']
 
 # %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #08b1decf
-import json
-from pathlib import Path
 import numpy as np
-from ..results.style import MUTED, figure, save, top_legend
+from ..results.style import MUTED, figure, top_legend
 from .at_equal_id import ood_at
-from .forgetting_runs import EXPLANATIONS, FOLDER
+from .forgetting_runs import EXPLANATIONS
 
 # %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #e03f2513
 WAYS = dict(reach='where ID accuracy is first reached', keep='where it is last held', steps='after equal steps')
@@ -242,12 +240,3 @@ def reading_s7(
 
 # %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #f152ca8c
 s7.name = 'S7'  # for `kept`; not registered
-def save_s7(
-    folder=FOLDER,  # with `forgetting.csv` and `forgetting.json`
-):
-    "Draw S7 from the table of the contest, and save it beside."
-    import pandas as pd
-    folder = Path(folder)
-    picture, data = s7(dict(forgetting=pd.read_csv(folder/'forgetting.csv')))
-    save(picture, data, folder/'S7', json.loads((folder/'forgetting.json').read_text()))
-    return data
