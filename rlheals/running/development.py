@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOLDER', 'preconditions', 'gains', 'side_by_side', 'choose_end', 'write_development', 'compare_regimes',
-           'write_contest', 'save_s7', 'write_factorial']
+           'write_contest', 'save_s7', 'write_factorial', 'write_registration', 'write_confirmation']
 
 # %% ../../nbs/6_running/09_development.ipynb #99ae5069
 import json
@@ -20,6 +20,8 @@ from ..beyond.forgetting_runs import contest_table, variant_file
 from ..beyond.what_predicts_forgetting import s7
 from ..beyond.factorial import SEEDS, factorial_table
 from ..beyond.when_rl_heals import s8
+from ..beyond.confirmation import (REGISTERED, compared, confirmation_table, contradictions, judged, registered,
+                                         registration, verdict)
 from ..results.style import save
 from .tables import load_tables, provenance, tables_of
 
@@ -255,3 +257,38 @@ def write_factorial(
     save(*s8(dict(factorial=table)), folder/'S8', record)
     return folder/'factorial.csv'
 
+# %% ../../nbs/6_running/09_development.ipynb #fb5e71f3
+def write_registration(
+    run: Run,  # development run, with `eval.splits=id,ood_dev`
+    folder=FOLDER,  # directory of `factorial.csv`
+):
+    """Register the confirmation of the factorial study; return the path of the registration.
+
+    Raises `ValueError` if something else is registered already."""
+    path, now = Path(folder)/REGISTERED, registration(run, folder)
+    if path.exists():
+        if wrong := contradictions(json.loads(path.read_text()), now):
+            raise ValueError(f'{path} registers other {", ".join(wrong)}: keep it, or delete it and all that was run '
+                             'under it')
+        return path
+    with complete(path) as tmp: tmp.write_text(json.dumps(now, indent=1, sort_keys=True) + '\n')
+    return path
+
+# %% ../../nbs/6_running/09_development.ipynb #ddfa8993
+def write_confirmation(
+    run: Run,  # development run, with `eval.splits=id,ood_dev`
+    folder=FOLDER,  # directory of the registration
+):
+    """Write `confirmation.csv`, the changes in all runs, `confirmation-arms.csv`, the arms and their differences, and
+    `confirmation.json`, provenance and verdict; return the path of the first."""
+    (said, _), table, folder = registered(run, folder), confirmation_table(run, folder), Path(folder)
+    paths, seeds = [folder/'confirmation.csv', folder/'confirmation-arms.csv'], said['seeds']
+    for path, t in zip(paths, (table, compared(table))):
+        with complete(path) as tmp: t.to_csv(tmp, index=False, float_format='%.6g')
+    cells = [replace(run, seed=s).table(f'factorial-confirm-{arm}') for s in seeds for arm in said['arms']]
+    record = provenance(run, cells, {run.task_name: len(seeds)}) | dict(
+        seeds={run.task_name: seeds}, primary=judged(table, said), verdict=verdict(table, said),
+        registration=record_outputs([folder/REGISTERED]), outputs=record_outputs(paths))
+    text = json.dumps(record, indent=1, sort_keys=True) + '\n'
+    with complete(folder/'confirmation.json') as tmp: tmp.write_text(text)
+    return paths[0]
