@@ -19,13 +19,18 @@ AT_STEPS = (64, 128, 256)
 def paths(
     table,  # of `run_contest`
 ) -> dict:  # (variant, family) -> DataFrame: one row per checkpoint, one column per measure
-    "The measures along each run, from the base on."
+    "The measures along each run, from the base on; `ValueError` names a run that lacks some."
     out = {}
     for key, rows in table.groupby(['variant', 'method'], sort=False):
         wide = rows.pivot(index='checkpoint', columns='measure', values='value').sort_index()
+        wide = wide.reindex(columns=['ood', 'id', *EXPLANATIONS])
         at_base = {k: float(k == 'sparsity') for k in EXPLANATIONS if k not in ('train_loss', 'rank')}
         wide.loc[0] = wide.loc[0].fillna(at_base)
         out[key] = wide.assign(rank=wide['rank'].bfill())
+        if lacks := out[key].isna().stack().loc[lambda x: x].index.tolist():
+            step, measure = lacks[0]
+            raise ValueError(f'the run {key[0]} lacks {measure} at checkpoint {step}: delete its file, and run the '
+                             'contest again')
     return out
 
 # %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #7b8499fd
