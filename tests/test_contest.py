@@ -5,7 +5,7 @@ import pytest
 from filelock import FileLock
 from rlheals.core.files import Damaged
 from rlheals.beyond import forgetting_runs
-from rlheals.beyond.forgetting_runs import Variant, contest_runs, contest_table, measure_variant, run_contest, variant_run
+from rlheals.beyond.forgetting_runs import Variant, contest_runs, measure_variant, run_contest, variant_run
 from rlheals.beyond.what_predicts_forgetting import paths
 from rlheals.running.development import write_contest
 

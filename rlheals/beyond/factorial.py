@@ -160,7 +160,7 @@ def cell_runs(
 
 # %% ../../nbs/5_beyond/20_factorial.ipynb #11c3999c
 def cell_how(run: Run, name: str, levels: dict, method: str = 'rl', under: str = '') -> str:  # as of `factorial_cell`
-    "All that a cell is made with, in the words that its table keeps."
+    "What a cell is made with, as its table records it; if that changes, the cell is made again."
     rl, sft, _ = cell_runs(run, levels, name)
     return ' '.join((method, *rl.changes, *sft.changes, f'half={rl.half}', under)).rstrip()
 
@@ -226,7 +226,7 @@ def factorial_cell(
     levels: dict,  # factor -> -1, 0 or 1
     method: str = 'rl',  # or `further_sft`: as many steps of SFT from the same start
     progress=lambda done, total: None,
-    under: str = '',  # further words of `how`: with others, the cell is made again
+    under: str = '',  # what else the table records in `how`; if that changes, the cell is made again
 ):
     "One cell of the study, resumed if it was interrupted: writes the table `factorial-NAME`."
     if not run.first_seed or run.seed < run.first_seed:
@@ -267,7 +267,7 @@ def seed_of_study(
 
 # %% ../../nbs/5_beyond/20_factorial.ipynb #23a0fdd3
 def over_seeds(job, runs: list, jobs: int = 1):
-    "Call a function for each of several runs, of one seed each; with `jobs`, as many at a time in own processes."
+    "Call a function for each of several runs, one per seed; with `jobs` > 1, so many at a time, each in a process."
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
     if jobs == 1:

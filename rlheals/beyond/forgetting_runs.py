@@ -106,7 +106,7 @@ def behaviour_measures(
 
 # %% ../../nbs/5_beyond/18_forgetting_runs.ipynb #e5fe2c67
 STEPS = 320  # of a run of the standard length
-# up to the length of a run, which is always one; ID accuracy is learnt within the first 16 steps
+# a run has those before its last step, and that step; ID accuracy is learnt within the first 16 steps
 CHECKPOINTS = (0, 4, 8, 12, 16, 32, 64, 128, 192, 256, 320, 448, 640)
 @dataclass(frozen=True)
 class Variant:
@@ -235,7 +235,7 @@ def run_contest(
     Path(folder).mkdir(parents=True, exist_ok=True)
     runs = contest_runs(folder, variants, profile, changes)
     there = {v: run for v, run in runs.items() if variant_file(v, run).exists()}
-    if there: contest_table(there)  # a file that cannot be used is better known before hours of work than after them
+    if there: contest_table(there)  # an unusable file is reported before hours of training and not after them
     for i, (v, run) in enumerate(runs.items()):
         path = variant_file(v, run)
         try:

@@ -13,7 +13,8 @@ from .at_equal_id import ood_at
 from .forgetting_runs import EXPLANATIONS
 
 # %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #e03f2513
-WAYS = dict(reach='where ID accuracy is first reached', keep='where it is last held', steps='after equal steps')
+WAYS = dict(reach='where ID accuracy is first reached', keep='where ID accuracy is last held',
+            steps='after equal steps')
 LEVELS = (.5, .7, .85)  # of ID accuracy
 AT_STEPS = (64, 128, 256)
 def paths(

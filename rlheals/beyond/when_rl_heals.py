@@ -32,9 +32,9 @@ def contrasts(
 # %% ../../nbs/5_beyond/21_when_rl_heals.ipynb #8c1fbb1b
 LEVEL = .05  # of the family of main effects, two-sided
 def tested(
-    by_seed,  # (..., seeds, 8), main effects of each seed
-) -> tuple:  # (..., 8) each
-    "(mean, half-width of the 95 % interval, p-value, p-value after Holm's correction) of each main effect."
+    by_seed,  # (..., seeds, K), effects of each seed
+) -> tuple:  # (..., K) each
+    "(mean, half-width of the 95 % interval, two-sided p-value, p-value after Holm's correction) of each effect."
     from scipy import stats
     x = np.asarray(by_seed, float)
     n, mean, error = x.shape[-2], x.mean(-2), x.std(-2, ddof=1) / np.sqrt(x.shape[-2])
@@ -138,7 +138,7 @@ def best_levels(
 def default_levels(
     profile: str = 'tiny',
 ) -> dict[str, int]:
-    "Setting of RL -> the level at which a profile has it: -1 or 1, or 0 between the two; it has the hands of SFT (-1)."
+    "Factor of RL -> the level that a profile has: -1, 1, or 0 for neither; the hands are those of SFT (-1)."
     plain = Run(profile).config
     def same(change): return Run(profile, (change,)).config == plain
     of_rl = {f: ends for f, (_, *ends) in FACTORS.items() if f not in OF_START}
@@ -151,7 +151,7 @@ def seeds_needed(
     least: int = 8,
     most: int = 24,
 ) -> int:
-    "The number of seeds with which a paired one-sided t test at 5 % detects a difference with 80 %, within bounds."
+    "The smallest number of seeds, within bounds, with which a paired one-sided t test at 5 % has a power of 80 %."
     from scipy import stats
     def enough(n):
         shift = difference / (sd * np.sqrt(2 / n))
@@ -167,7 +167,7 @@ def confirmation(
     found, (sd, _) = effects(table), spread_of(table)
     best, main = best_levels(found), found.set_index('effect')['mean']
     start = {f: best[f] for f in OF_START}
-    # a level that is the profile's distinguishes no arm
+    # only a level other than the profile's distinguishes the arms
     chosen = {f: best[f] - v for f, v in default_levels(profile).items() if best[f] and best[f] != v}
     settings = lambda levels: [text for text in changes_of(levels).values()]
     default = dict.fromkeys(FACTORS, 0) | start
@@ -192,7 +192,7 @@ def s8(tables):
     """Effects of eight settings on what RL restores.
 
     Change of the primary response at the high level minus that at the low one (mean over seeds, 95 % intervals; ticks:
-    seeds). Full: significant after Holm's correction over the eight. Below the line: groups of aliased interactions,
+    seeds). Filled: significant after Holm's correction over the eight. Below the line: groups of aliased interactions,
     not tested, each named after one of its four."""
     import matplotlib.pyplot as plt
     data = effects(tables['factorial'])
