@@ -4,23 +4,23 @@
 
 # %% auto #0
 __all__ = ['LETTERS', 'GENERATORS', 'FACTORS', 'PRIMARY', 'LAST', 'SEEDS', 'design', 'aliases', 'levels_of', 'changes_of',
-           'face_margins', 'right_chances', 'ood_problems', 'all_responses', 'cell_runs', 'factorial_cell', 'drop_sft',
-           'seed_of_study', 'factorial_study', 'factorial_table']
+           'face_margins', 'right_chances', 'ood_problems', 'all_responses', 'cell_runs', 'cell_how', 'cell_table',
+           'factorial_cell', 'drop_sft', 'seed_of_study', 'over_seeds', 'factorial_study', 'factorial_table']
 
 # %% ../../nbs/5_beyond/20_factorial.ipynb #86dadba6
-import shutil
 from dataclasses import replace
+from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 import numpy as np
 from ..core.randomness import hash64
-from ..core.files import remove
+from ..core.files import check, remove
 from ..tasks.protocol import Task, problem_set
 from ..tasks.formulas import FACES, solve
 from ..training.computing import set_up_torch
 from ..training.models import load_model
 from ..training.generation import encode
-from ..training.runs import Run
+from ..training.runs import DEVELOPMENT, Run
 from ..training.sft import sft_stage
 from ..training.logprobs import logprobs_and_values
 from ..training.ppo import train_ppo
@@ -60,10 +60,8 @@ FACTORS = dict(  # name -> (what it is, low, high): settings, and for `hands` wh
 )
 
 # %% ../../nbs/5_beyond/20_factorial.ipynb #0c7f16f1
-def levels_of(
-    k: int,  # run of the design, 0 to 15
-) -> dict[str, int]:
-    "Factor -> its level in a run of the design, -1 (low) or 1 (high)."
+def levels_of(k: int) -> dict[str, int]:
+    "Factor -> its level in run k of the design (0 to 15), -1 (low) or 1 (high)."
     return dict(zip(FACTORS, map(int, design()[k])))
 
 # %% ../../nbs/5_beyond/20_factorial.ipynb #38317313
@@ -133,10 +131,7 @@ def ood_problems(run: Run) -> list:
     return problem_set(run.task(), run.splits['ood'], run.config['eval']['episodes'], run.seed)
 
 # %% ../../nbs/5_beyond/20_factorial.ipynb #70080a34
-def all_responses(
-    run: Run,
-    model, tokenizer,
-) -> dict[str, float]:
+def all_responses(run: Run, model, tokenizer) -> dict[str, float]:
     "Margin and chance, and accuracy within the tries and at the first try, OOD and ID (`id_...`)."
     seen, which = evaluate_run(run, model, tokenizer), (model, tokenizer, run.task(), ood_problems(run))
     means = seen[seen.metric.isin(['success', 'first_try'])].groupby(['split', 'metric'])['value'].mean()
@@ -163,20 +158,42 @@ def cell_runs(
     rl = nested(name, [*changes.values(), of_start], 1 - half if of_hands == 'hands=new' else half)
     return rl, sft, rl.config['rl']['starts'][0]
 
+# %% ../../nbs/5_beyond/20_factorial.ipynb #11c3999c
+def cell_how(run: Run, name: str, levels: dict, method: str = 'rl', under: str = '') -> str:  # as of `factorial_cell`
+    "What a cell is made with, as its table records it; if that changes, the cell is made again."
+    rl, sft, _ = cell_runs(run, levels, name)
+    return ' '.join((method, *rl.changes, *sft.changes, f'half={rl.half}', under)).rstrip()
+
+# %% ../../nbs/5_beyond/20_factorial.ipynb #ac75a5f2
+def cell_table(
+    run: Run,
+    name: str,  # name of the cell
+    how: str,  # from `cell_how`
+    needed: bool = False,  # an error if it is not there, or was made otherwise
+):  # DataFrame, or None
+    "The table of a cell, or of a start; an error names a file that is damaged, or is needed and cannot be used."
+    path = run.table(f'factorial-{name}')
+    if there := path.exists():
+        made = run.load(check(path, 'delete it, and run the study again').stem)
+        if set(made.get('how', ())) == {how}: return made
+    if needed:
+        wrong = 'was made with other settings' if there else 'is missing'
+        raise ValueError(f'{path} {wrong}: run the study again, which makes it')
+
 # %% ../../nbs/5_beyond/20_factorial.ipynb #abb724f6
 def _start(run, sft, start):  # response -> its value at the SFT checkpoint; makes what is missing
     import pandas as pd
     from filelock import FileLock
-    name, how = f'factorial-{Path(sft.root).name}-{start:06d}', ' '.join(sft.changes)
+    name, how = f'{Path(sft.root).name}-{start:06d}', ' '.join(sft.changes)
     sft.path().mkdir(parents=True, exist_ok=True)
     with FileLock(Path(sft.root)/'.lock'):  # two cells that share it may run at the same time
         if not sft.table('losses').exists() or not sft.weights('sft', start).exists(): sft_stage(sft)
-        made = run.load(name) if run.table(name).exists() else None
-        if made is None or set(made.how) != {how}:
+        if (made := cell_table(run, name, how)) is None:
             set_up_torch(run.config['eval']['threads'])
             m = run.config['model']
             found = all_responses(run, *load_model(sft.checkpoint('sft', start), m['device'], m['dtype']))
-            made = run.save(pd.DataFrame(found.items(), columns=['response', 'value']).assign(how=how), name)
+            made = pd.DataFrame(found.items(), columns=['response', 'value']).assign(how=how)
+            run.save(made, f'factorial-{name}')
     return dict(zip(made.response, made.value))
 
 # %% ../../nbs/5_beyond/20_factorial.ipynb #310b28c3
@@ -186,9 +203,7 @@ def _trained(run, rl, sft, start, progress):  # (model after RL, tokenizer, log 
         if update >= c['rl']['updates'] - LAST:
             row['response_margin'] = float(face_margins(model, tok, run.task(), problems).mean())
     file, seed = rl.path('partial', f'rl-{start:06d}.pt'), hash64(run.seed, 'rl', start) % 2**31
-    log, _ = train_ppo(
-        model, tok, rl.task(), c['rl'], c['model']['max_new_tokens'], seed, progress, file, track
-    )
+    log, _ = train_ppo(model, tok, rl.task(), c['rl'], c['model']['max_new_tokens'], seed, progress, file, track)
     return model, tok, log
 
 # %% ../../nbs/5_beyond/20_factorial.ipynb #9fe34177
@@ -211,12 +226,14 @@ def factorial_cell(
     levels: dict,  # factor -> -1, 0 or 1
     method: str = 'rl',  # or `further_sft`: as many steps of SFT from the same start
     progress=lambda done, total: None,
+    under: str = '',  # what else the table records in `how`; if that changes, the cell is made again
 ):
     "One cell of the study, resumed if it was interrupted: writes the table `factorial-NAME`."
-    if not run.first_seed: raise ValueError('the factorial study is run with --set eval.splits=id,ood_dev')
-    table, (rl, sft, start) = f'factorial-{name}', cell_runs(run, levels, name)
-    how = ' '.join((method, *rl.changes, *sft.changes, f'half={rl.half}'))
-    if run.table(table).exists() and set((made := run.load(table)).how) == {how}: return made
+    if not run.first_seed or run.seed < run.first_seed:
+        raise ValueError(f'the factorial study needs --set eval.splits=id,ood_dev and seeds from {DEVELOPMENT} on: it '
+                         'must not see the problems and seeds of the published results')
+    how, (rl, sft, start) = cell_how(run, name, levels, method, under), cell_runs(run, levels, name)
+    if (made := cell_table(run, name, how)) is not None: return made
     before = _start(run, sft, start)
     set_up_torch(rl.config['rl']['threads'])
     if method == 'further_sft':
@@ -225,7 +242,7 @@ def factorial_cell(
     else: model, tok, log = _trained(run, rl, sft, start, progress)
     set_up_torch(run.config['eval']['threads'])
     rows = _as_rows(before, all_responses(run, model, tok), log)
-    made = run.save(rows.assign(cell=name, method=method, start_step=start, how=how, **levels), table)
+    made = run.save(rows.assign(cell=name, method=method, start_step=start, how=how, **levels), f'factorial-{name}')
     remove(rl.root)  # the state of its training
     return made
 
@@ -233,7 +250,7 @@ def factorial_cell(
 def drop_sft(run: Run):
     "Remove the weights of a seed once all its runs of the design have their tables."
     if all(run.table(f'factorial-{k:02d}').exists() for k in range(len(design()))):
-        shutil.rmtree(run.path('factorial'), ignore_errors=True)
+        remove(run.path('factorial'))
 
 # %% ../../nbs/5_beyond/20_factorial.ipynb #06bbd654
 SEEDS = tuple(range(91, 99))  # of the study; with seed 90 one cell was timed, whose result was seen
@@ -249,21 +266,25 @@ def seed_of_study(
     drop_sft(run)
 
 # %% ../../nbs/5_beyond/20_factorial.ipynb #23a0fdd3
+def over_seeds(job, runs: list, jobs: int = 1):
+    "Call a function for each of several runs, one per seed; with `jobs` > 1, so many at a time, each in a process."
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+    if jobs == 1:
+        for r in runs: job(r)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context('spawn')) as pool:
+        for done in [pool.submit(job, r) for r in runs]: done.result()
+
+# %% ../../nbs/5_beyond/20_factorial.ipynb #5f10fd02
 def factorial_study(
     run: Run,  # development run, with `eval.splits=id,ood_dev`
     seeds=SEEDS,
     cells=range(16),  # runs of the design
-    jobs: int = 1,  # seeds at a time, each in a process of its own
+    jobs: int = 1,  # seeds at a time
 ):
     "All cells of the study that have no table yet."
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-    runs = [replace(run, seed=s) for s in seeds]
-    if jobs == 1:
-        for r in runs: seed_of_study(r, cells)
-        return
-    with ProcessPoolExecutor(jobs, mp_context=get_context('spawn')) as pool:
-        for done in [pool.submit(seed_of_study, r, cells) for r in runs]: done.result()
+    over_seeds(partial(seed_of_study, cells=cells), [replace(run, seed=s) for s in seeds], jobs)
 
 # %% ../../nbs/5_beyond/20_factorial.ipynb #49961390
 def factorial_table(
@@ -273,6 +294,7 @@ def factorial_table(
 ):
     "The tables of all cells: a row per seed, cell and response, with the levels of the factors."
     import pandas as pd
-    names = [f'factorial-{k:02d}' for k in cells]
-    found = pd.concat([replace(run, seed=s).load(*names) for s in seeds], ignore_index=True)
+    def read(r, name, levels): return cell_table(r, name, cell_how(r, name, levels), needed=True)
+    runs = [replace(run, seed=s) for s in seeds]
+    found = pd.concat([read(r, f'{k:02d}', levels_of(k)) for r in runs for k in cells], ignore_index=True)
     return found[['seed', 'cell', *FACTORS, 'response', 'start', 'last', 'end', 'change']]

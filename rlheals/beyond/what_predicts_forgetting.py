@@ -4,30 +4,34 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'LEVELS', 'AT_STEPS', 'paths', 'points', 'fit_ranks', 'held_out', 'skill', 'scores', 'two_best', 'set_against',
-           's7', 'reading_s7', 'save_s7']
+           's7', 'reading_s7']
 
 # %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #08b1decf
-import json
-from pathlib import Path
 import numpy as np
-from ..results.style import MUTED, figure, save, top_legend
+from ..results.style import MUTED, figure, top_legend
 from .at_equal_id import ood_at
-from .forgetting_runs import EXPLANATIONS, FOLDER
+from .forgetting_runs import EXPLANATIONS
 
 # %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #e03f2513
-WAYS = dict(reach='where ID accuracy is first reached', keep='where it is last held', steps='after equal steps')
+WAYS = dict(reach='where ID accuracy is first reached', keep='where ID accuracy is last held',
+            steps='after equal steps')
 LEVELS = (.5, .7, .85)  # of ID accuracy
 AT_STEPS = (64, 128, 256)
 def paths(
     table,  # of `run_contest`
 ) -> dict:  # (variant, family) -> DataFrame: one row per checkpoint, one column per measure
-    "The measures along each run, from the base on."
+    "The measures along each run, from the base on; `ValueError` names a run that lacks some."
     out = {}
     for key, rows in table.groupby(['variant', 'method'], sort=False):
         wide = rows.pivot(index='checkpoint', columns='measure', values='value').sort_index()
+        wide = wide.reindex(columns=['ood', 'id', *EXPLANATIONS])
         at_base = {k: float(k == 'sparsity') for k in EXPLANATIONS if k not in ('train_loss', 'rank')}
         wide.loc[0] = wide.loc[0].fillna(at_base)
         out[key] = wide.assign(rank=wide['rank'].bfill())
+        if lacks := out[key].isna().stack().loc[lambda x: x].index.tolist():
+            step, measure = lacks[0]
+            raise ValueError(f'the run {key[0]} lacks {measure} at checkpoint {step}: delete its file, and run the '
+                             'contest again')
     return out
 
 # %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #7b8499fd
@@ -242,12 +246,3 @@ def reading_s7(
 
 # %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #f152ca8c
 s7.name = 'S7'  # for `kept`; not registered
-def save_s7(
-    folder=FOLDER,  # with `forgetting.csv` and `forgetting.json`
-):
-    "Draw S7 from the table of the contest, and save it beside."
-    import pandas as pd
-    folder = Path(folder)
-    picture, data = s7(dict(forgetting=pd.read_csv(folder/'forgetting.csv')))
-    save(picture, data, folder/'S7', json.loads((folder/'forgetting.json').read_text()))
-    return data

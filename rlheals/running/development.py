@@ -4,20 +4,24 @@
 
 # %% auto #0
 __all__ = ['FOLDER', 'preconditions', 'gains', 'side_by_side', 'choose_end', 'write_development', 'compare_regimes',
-           'write_factorial']
+           'write_contest', 'save_s7', 'write_factorial', 'write_registration', 'write_confirmation']
 
 # %% ../../nbs/6_running/09_development.ipynb #99ae5069
 import json
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
-from ..core.files import complete
+from ..core.files import complete, damaged_outputs, record_outputs
 from ..core.environment import ROOT
 from ..training.runs import Run
 from ..analysis.statistics import interval, landmarks
 from ..beyond.what_rl_heals import PARTS, healing
+from ..beyond.forgetting_runs import contest_table, variant_file
+from ..beyond.what_predicts_forgetting import s7
 from ..beyond.factorial import SEEDS, factorial_table
 from ..beyond.when_rl_heals import s8
+from ..beyond.confirmation import (REGISTERED, compared, confirmation_table, contradictions, judged, registered,
+                                         registration, verdict)
 from ..results.style import save
 from .tables import load_tables, provenance, tables_of
 
@@ -200,6 +204,42 @@ def compare_regimes(
     with complete(Path(folder)/f'{name}.csv') as tmp: table.to_csv(tmp, index=False)
     return table
 
+# %% ../../nbs/6_running/09_development.ipynb #7b14a02f
+def write_contest(
+    runs: dict,  # variant -> its run, from `contest_runs`
+    folder=FOLDER,  # directory for the files
+):
+    """Write `forgetting.csv`, all runs of the contest, and `forgetting.json`, their provenance; return the path of the
+    first.
+
+    The record's `settings` are the profile's, and its `runs` say what each run changes. Raises `ValueError` if a file
+    is missing, damaged or of another variant."""
+    from importlib.metadata import version
+    table, path = contest_table(runs), Path(folder)/'forgetting.csv'
+    with complete(path) as tmp: table.to_csv(tmp, index=False, float_format='%.6g', lineterminator='\n')
+    profile, seeds = Run(next(iter(runs.values())).profile), sorted({v.seed for v in runs})
+    record = provenance(profile, [], {profile.task_name: len(seeds)}) | dict(
+        seeds={profile.task_name: seeds}, inputs=record_outputs(variant_file(v, r) for v, r in runs.items()),
+        runs={v.name: dict(profile=r.profile, changes=[*r.changes], seed=v.seed, method=v.method)
+              for v, r in runs.items()}, outputs=record_outputs([path]),
+    )
+    record['libraries']['peft'] = version('peft')  # makes the runs of two of the families
+    with complete(path.with_suffix('.json')) as tmp: tmp.write_text(json.dumps(record, indent=1, sort_keys=True) + '\n')
+    return path
+
+# %% ../../nbs/6_running/09_development.ipynb #2db3bce4
+def save_s7(
+    folder=FOLDER,  # with `forgetting.csv` and `forgetting.json`
+):
+    "Draw S7 from the table of the contest, and save it beside; `ValueError` if the table differs from its record."
+    import pandas as pd
+    folder = Path(folder)
+    if bad := damaged_outputs(folder/'forgetting.json'):
+        raise ValueError(f'{bad[0]} differs from its record (SHA-256): write it again with `write_contest`')
+    picture, data = s7(dict(forgetting=pd.read_csv(folder/'forgetting.csv')))
+    save(picture, data, folder/'S7', json.loads((folder/'forgetting.json').read_text()))
+    return data
+
 # %% ../../nbs/6_running/09_development.ipynb #ce8d0689
 def write_factorial(
     run: Run,  # development run, with `eval.splits=id,ood_dev`
@@ -217,3 +257,38 @@ def write_factorial(
     save(*s8(dict(factorial=table)), folder/'S8', record)
     return folder/'factorial.csv'
 
+# %% ../../nbs/6_running/09_development.ipynb #fb5e71f3
+def write_registration(
+    run: Run,  # development run, with `eval.splits=id,ood_dev`
+    folder=FOLDER,  # directory of `factorial.csv`
+):
+    """Register the confirmation of the factorial study; return the path of the registration.
+
+    Raises `ValueError` if something else is registered already."""
+    path, now = Path(folder)/REGISTERED, registration(run, folder)
+    if path.exists():
+        if wrong := contradictions(json.loads(path.read_text()), now):
+            raise ValueError(f'{path} registers other {", ".join(wrong)}: keep it, or delete it and all that was run '
+                             'under it')
+        return path
+    with complete(path) as tmp: tmp.write_text(json.dumps(now, indent=1, sort_keys=True) + '\n')
+    return path
+
+# %% ../../nbs/6_running/09_development.ipynb #ddfa8993
+def write_confirmation(
+    run: Run,  # development run, with `eval.splits=id,ood_dev`
+    folder=FOLDER,  # directory of the registration
+):
+    """Write `confirmation.csv`, the changes in all runs, `confirmation-arms.csv`, the arms and their differences, and
+    `confirmation.json`, provenance and verdict; return the path of the first."""
+    (said, _), table, folder = registered(run, folder), confirmation_table(run, folder), Path(folder)
+    paths, seeds = [folder/'confirmation.csv', folder/'confirmation-arms.csv'], said['seeds']
+    for path, t in zip(paths, (table, compared(table))):
+        with complete(path) as tmp: t.to_csv(tmp, index=False, float_format='%.6g')
+    cells = [replace(run, seed=s).table(f'factorial-confirm-{arm}') for s in seeds for arm in said['arms']]
+    record = provenance(run, cells, {run.task_name: len(seeds)}) | dict(
+        seeds={run.task_name: seeds}, primary=judged(table, said), verdict=verdict(table, said),
+        registration=record_outputs([folder/REGISTERED]), outputs=record_outputs(paths))
+    text = json.dumps(record, indent=1, sort_keys=True) + '\n'
+    with complete(folder/'confirmation.json') as tmp: tmp.write_text(text)
+    return paths[0]
