@@ -126,7 +126,8 @@ def divided():
     "The parameters of each model as the first of four processes holds them."
     env = os.environ | dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='4', MASTER_ADDR='localhost', MASTER_PORT='0',
                             HF_HUB_OFFLINE='1', CUDA_VISIBLE_DEVICES='')
-    done = subprocess.run([sys.executable, '-c', DIVIDE, str(CONFIGS), *MODELS], capture_output=True, text=True, env=env)
+    words = sys.executable, '-c', DIVIDE, str(CONFIGS), *MODELS
+    done = subprocess.run(words, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

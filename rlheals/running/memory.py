@@ -20,7 +20,7 @@ from ..training.runs import Run
 from ..training.grpo import shared_rows
 
 # %% ../../nbs/6_running/03_memory.ipynb #eb958bd0
-# `skipped`: layers that text passes by, `idle`: their parameters (in Llama-3.2-11B-Vision, those that attend to pictures)
+# `skipped`: layers that text passes by, as in Llama those that attend to pictures, and `idle`: their parameters
 Shape = namedtuple('Shape', 'layers hidden mlp heads kv_heads head_dim vocab parameters skipped idle', defaults=(0, 0))
 class UnknownShape(ValueError):
     "A model whose `config.json` is not available or not that of a Llama-like model."
