@@ -20,7 +20,7 @@ def parse_name(
 ) -> tuple[int | None, str] | None:
     """(layer, kind) of a language model's weight, with layer `None` for embeddings and head; `None` for any other
     tensor."""
-    if 'vision' in name: return None
+    if 'vision' in name or '.cross_attn.' in name: return None
     if m := re.search(r'(?:^|\.)layers\.(\d+)\.(?:[\w.]+\.)?(\w+)\.weight$', name): return int(m[1]), m[2]
     if m := re.search(r'(?:^|\.)(embed_tokens|lm_head)\.weight$', name): return None, m[1]
 

@@ -216,7 +216,7 @@ def surgery_stage(
     target = load_model(paths[1], 'cpu', m['dtype'])[0].state_dict()
     model, tok = load_model(paths[1], m['device'], m['dtype'])
     surgery, out, seen = Surgery(*paths, device=m['device'], cache=run.path('svd')), [], {}
-    plan = surgery_plan(sweep, c['surgery'], model.config.num_hidden_layers)
+    plan = surgery_plan(sweep, c['surgery'], model.config.get_text_config().num_hidden_layers)
     for i, what in enumerate(plan):
         # at full share these edits give the donor itself, which is evaluated once
         b, edit = (

@@ -92,7 +92,7 @@ class Costs:
         tokens: float,  # number of tokens
     ) -> float:
         "Seconds of forward passes."
-        return tokens * 2 * self.shape.parameters / self.rate / self.devices
+        return tokens * 2 * (self.shape.parameters - self.shape.idle) / self.rate / self.devices
 
     def train(
         self,
@@ -108,10 +108,10 @@ class Costs:
         devices: int = 1,  # number of devices that share them
     ) -> float:
         "Seconds of sampling an answer in each of several conversations."
-        c, s, P = self.config, self.shape, self.shape.parameters
+        c, s, P = self.config, self.shape, self.shape.parameters - self.shape.idle
         width = 2 if 'bfloat16' in (c['scale']['precision'], c['model']['dtype']) else 4
         step = max(P * width / self.device.bandwidth, -(-rows // devices) * 2 * P / self.rate)
-        if not self.gpu or c['rl']['engine'] != 'vllm': step += s.layers * LAUNCH[self.gpu]
+        if not self.gpu or c['rl']['engine'] != 'vllm': step += (s.layers - s.skipped) * LAUNCH[self.gpu]
         return self.score(rows * read) + self.new * step
 
     def evaluate(self) -> float:

@@ -20,7 +20,8 @@ from ..training.runs import Run
 from ..training.grpo import shared_rows
 
 # %% ../../nbs/6_running/03_memory.ipynb #eb958bd0
-Shape = namedtuple('Shape', 'layers hidden mlp heads kv_heads head_dim vocab parameters')
+# `skipped`: layers that text passes by, as in Llama those that attend to pictures, and `idle`: their parameters
+Shape = namedtuple('Shape', 'layers hidden mlp heads kv_heads head_dim vocab parameters skipped idle', defaults=(0, 0))
 class UnknownShape(ValueError):
     "A model whose `config.json` is not available or not that of a Llama-like model."
 # models whose `config.json` ships with the package -> its name
@@ -75,11 +76,12 @@ def _shape(c):  # from the contents of a `config.json`
     n, h, m, a, V = (c[k] for k in _WANTED)
     k, d = c.get('num_key_value_heads') or a, c.get('head_dim') or h // a
     extra = 8 if c.get('cross_attention_layers') else 0  # Mllama has eight more input than output embeddings
-    crossing = len(c.get('cross_attention_layers') or ())  # these layers have two more norms and two gates
+    crossing = len(c.get('cross_attention_layers') or ())
     bias = (a + 2 * k) * d if c.get('attention_bias', c.get('model_type') == 'qwen2') else 0
     block = 2 * a * d * h + 2 * k * d * h + bias + 3 * m * h + 2 * h
-    total = n * block + crossing * (2 * d + 2) + h + (V + extra) * h + (0 if c.get('tie_word_embeddings') else V * h)
-    return Shape(n, h, m, a, k, d, V, total)
+    idle = crossing * (block + 2 * d + 2)  # these layers have two more norms and two gates
+    total = (n - crossing) * block + idle + h + (V + extra) * h + (0 if c.get('tie_word_embeddings') else V * h)
+    return Shape(n, h, m, a, k, d, V, total, crossing, idle)
 
 # %% ../../nbs/6_running/03_memory.ipynb #954a65df
 @lru_cache(maxsize=64)  # called for each job when times are estimated; a failure may ask the hub
@@ -96,7 +98,8 @@ def shape_of(
     count = stored(run.base) or 0  # of weights on this machine
     try: known = shape(run.base)
     except UnknownShape: known = Shape(0, 0, 0, 0, 0, 0, 0, 0)
-    return known._replace(parameters=max(count, known.parameters))
+    # the files of a model with pictures hold a vision tower, which is not loaded
+    return known if known.skipped else known._replace(parameters=max(count, known.parameters))
 
 # %% ../../nbs/6_running/03_memory.ipynb #e259a1d7
 # maximal lengths in tokens; `shared`: length of the common prefix of all prompts
@@ -152,15 +155,18 @@ KERNELS = .15 * 2**30  # times the log of the number of passes, on a CPU (fitted
 MEASURED = ('sft', 'rl', 'grpo', 'baselines', 'evaluate')  # stages whose memory is estimated
 # `parts`: name -> bytes; of `activations` and `cache` only the larger counts in the total
 MemoryEstimate = namedtuple('MemoryEstimate', 'parts total')
-def _kept(s, L, fused):  # numbers that a layer keeps for backward, per token of a sequence of length L
-    return 7 * s.hidden + 3 * s.heads * s.head_dim + 4 * s.mlp + (0 if fused else s.heads * L)
+# bytes that a layer keeps for backward, per token of a sequence of length L; its two norms compute in float32
+def _kept(s, L, width, fused):
+    return 4 * 2 * s.hidden + width * (
+        5 * s.hidden + 3 * s.heads * s.head_dim + 4 * s.mlp + (0 if fused else s.heads * L)
+    )
 
 # %% ../../nbs/6_running/03_memory.ipynb #c5570248
 # bytes of activations for `tokens` tokens in each of `rows` sequences of length L
 def _activations(s, rows, tokens, L, c, width, fused):
-    layer = rows * tokens * _kept(s, L, fused) * width
-    if not c['scale']['gradient_checkpointing']: return (s.layers + 2) * layer
-    return s.layers * rows * tokens * s.hidden * width + 3 * layer
+    layer, used = rows * tokens * _kept(s, L, width, fused), s.layers - s.skipped
+    if not c['scale']['gradient_checkpointing']: return (used + 2) * layer
+    return used * rows * tokens * s.hidden * width + 3 * layer
 
 # %% ../../nbs/6_running/03_memory.ipynb #ad5ec3d1
 def estimate_memory(
@@ -178,14 +184,15 @@ def estimate_memory(
     if stage in ('grpo', 'baselines'): devices = shards  # one process unless the model is sharded
     mixed = c['scale']['precision'] == 'bfloat16' and b > 2
     width = 2 if mixed else b
-    trained = _lora(s, c['lora']['rank']) or s.parameters
+    trained = _lora(s, c['lora']['rank']) or s.parameters - s.idle
+    used = s.layers - s.skipped
     out = dict(weights=s.parameters * b / shards)
     asks, new = c['task'].get('tries', 1), c['model']['max_new_tokens']
     context = n.prompt + (asks - 1) * (new + n.followup)  # wrong answers of maximal length
     sampling = lambda rows: (
         rows
         * (
-            2 * s.layers * s.kv_heads * s.head_dim * (context + new) * width
+            2 * used * s.kv_heads * s.head_dim * (context + new) * width
             + (context - n.shared)
             * width
             * (4 * s.hidden + 2 * s.mlp + 2 * s.heads * s.head_dim + (0 if gpu else 3 * s.heads * context))
@@ -196,7 +203,8 @@ def estimate_memory(
     if stage == 'evaluate': out |= dict(cache=sampling(min(2 * c['eval']['episodes'], 512)))
     else:
         out |= dict(gradients=trained * b / shards, optimiser=2 * trained * b / shards)
-        if mixed and shards == 1: out['autocast'] = 2 * s.parameters  # autocast keeps copies in half precision
+        # autocast keeps copies in half precision
+        if mixed and shards == 1: out['autocast'] = 2 * (s.parameters - s.idle)
         # two layers, embeddings and head, each with weights and gradients
         if shards > 1:
             gathered = (
@@ -233,7 +241,7 @@ def estimate_memory(
             out['activations'] = (
                 _activations(s, rows, L - shared, L, c, width, gpu)
                 + _activations(s, 1, shared, shared, c, width, gpu)
-                + s.layers * rows * shared * 2 * (s.heads + s.kv_heads) * s.head_dim * width
+                + used * rows * shared * 2 * (s.heads + s.kv_heads) * s.head_dim * width
                 + LOGITS * rows * new * s.vocab * 4
             )
             out['cache'] = (

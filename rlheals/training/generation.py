@@ -50,7 +50,7 @@ def _growing_layer():
     class GrowingLayer(DynamicLayer):
         """Keys and values in a buffer with room to grow: a new token is written in place, where `DynamicLayer` copies
         everything. Attention gets the whole buffer (each matrix product would copy a part of it) and a mask for the
-        positions that are not written yet."""
+        positions that are not written yet. A layer that the text does not go through stays uninitialised."""
         def lazy_initialization(self, key_states, value_states):
             self.dtype, self.device, self.is_initialized, self.written = key_states.dtype, key_states.device, True, 0
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
@@ -190,8 +190,9 @@ def generate(
 def _row(cache, mask, row, tokens):  # keys and values of the first tokens of a row of a batch
     columns = mask[row].nonzero()[:tokens, 0]
     cut = lambda x: x[row:row + 1].index_select(2, columns)
-    return [SimpleNamespace(keys=cut(x.keys), values=cut(x.values), written=len(columns), dtype=x.dtype,
-                            device=x.device) for x in cache.layers]
+    one = lambda x: SimpleNamespace(keys=cut(x.keys), values=cut(x.values), written=len(columns), dtype=x.dtype,
+                                    device=x.device, is_initialized=True)
+    return [one(x) if x.is_initialized else SimpleNamespace(is_initialized=False) for x in cache.layers]
 
 # %% ../../nbs/2_training/04_generation.ipynb #c807673d
 # (logits (B, V) of the token after `ids`, hidden state (B, h) that they are computed from)
@@ -219,7 +220,8 @@ def _joined(model, groups, n):
     layers, masks = zip(*groups)
     whole, longest = _cache(model), max(m.shape[1] for m in masks)
     whole.layers = [_growing_layer()() for _ in layers[0]]
-    for layer, *parts in zip(whole.layers, *layers): layer.join(parts, n)
+    for layer, *parts in zip(whole.layers, *layers):
+        if parts[0].is_initialized: layer.join(parts, n)
     pad = lambda m: torch.cat([m[:, :n], m.new_zeros(len(m), longest - m.shape[1]), m[:, n:]], 1)
     return whole, torch.cat([*map(pad, masks)])
 

@@ -59,6 +59,10 @@ def _shards(device, scale):  # arguments of `from_pretrained` for sharding; None
 # %% ../../nbs/2_training/02_models.ipynb #844f3244
 def _ready(model, scale):  # prepare for training with the settings in `scale`
     import torch
+    # alone, the language model of a vision-language model still looks for its trunk where the latter has it
+    if model.base_model is model and hasattr(model, 'model'): model.base_model_prefix = 'model'
+    # layers that attend to pictures: text passes them by, so they get no gradient
+    for i in getattr(model.config, 'cross_attention_layers', None) or (): model.model.layers[i].requires_grad_(False)
     if scale and scale['gradient_checkpointing']: model.activation_checkpointing_enable(dict(use_reentrant=False))
     if scale and scale['precision'] == 'bfloat16': model.computes_in = torch.bfloat16
     # else the last layer's weights stay gathered after a pass without gradients, and become stale
@@ -66,13 +70,26 @@ def _ready(model, scale):  # prepare for training with the settings in `scale`
     return model
 
 # %% ../../nbs/2_training/02_models.ipynb #fb0b770a
+def _stored_config(path):  # what a directory's config.json says; nothing if it cannot be read
+    try: found = json.loads((Path(path)/'config.json').read_text())
+    except (OSError, ValueError): return {}  # `from_pretrained` will report the problem
+    return found if isinstance(found, dict) else {}
+
+# %% ../../nbs/2_training/02_models.ipynb #25926476
 def _dequantised(path):  # weights in float8 with a scale per block are dequantised on loading
-    config = Path(path)/'config.json'
-    try: quantised = json.loads(config.read_text()).get('quantization_config') or {}
-    except (OSError, ValueError, AttributeError): return {}  # `from_pretrained` will report the problem
-    if quantised.get('quant_method') != 'fp8': return {}
+    quantised = _stored_config(path).get('quantization_config')
+    if not isinstance(quantised, dict) or quantised.get('quant_method') != 'fp8': return {}
     from transformers import FineGrainedFP8Config
     return dict(quantization_config=FineGrainedFP8Config(dequantize=True))
+
+# %% ../../nbs/2_training/02_models.ipynb #561e31ba
+def _class_of(path):  # the class whose `from_pretrained` loads a model; one of transformers, whatever the files say
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
+    c = _stored_config(path)
+    names = () if c.get('model_type') in known else c.get('architectures') or ()
+    named = (getattr(transformers, n, None) for n in names if str(n).endswith('ForCausalLM'))
+    return next(filter(None, named), transformers.AutoModelForCausalLM)
 
 # %% ../../nbs/2_training/02_models.ipynb #5b038d82
 LOADABLE = (
@@ -93,7 +110,7 @@ def load_model(
     `ValueError` says what is wrong with a checkpoint that is damaged, incomplete, of another architecture, or has
     values that are not finite. Code and pickles that come with a model are never run."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     path, device = find_model(name), pick_device(device)
     place, source = (Path(path).parent, dict(gguf_file=Path(path).name)) if is_gguf(path) else (path, {})
     if Path(path).is_dir():
@@ -115,7 +132,7 @@ def load_model(
                 if tokenizer is not None
                 else AutoTokenizer.from_pretrained(place, padding_side='left', trust_remote_code=False, **source)
             )
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, found = _class_of(path).from_pretrained(
                 place,
                 dtype=getattr(torch, dtype),
                 attn_implementation=attention(device),

@@ -261,7 +261,7 @@ def train_ppo(
     us, c = processes(model.device.type), settings | dict(max_new_tokens=max_new_tokens)
     key = hash64(sorted(c.items()), seed, task.name, weight_sums(model))  # a state is of this run or of none
     torch.manual_seed(seed)
-    head = value_head(model.config.hidden_size).to(model.device)
+    head = value_head(model.config.get_text_config().hidden_size).to(model.device)
     opt, schedule = make_optimizer(model, head, c)
     start = frozen_copy(model) if c['log_kl'] else None
     engine = vllm_engine(model, tokenizer, max_new_tokens, c['temperature']) if c['engine'] == 'vllm' else None
