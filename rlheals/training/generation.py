@@ -114,14 +114,12 @@ def cache_argument(
 class Kept:
     """Keys and values of conversations, kept by `generate` for their next turn; to be used with one model as long as
     its weights are the same."""
-    def __init__(
-        self,
+    def __init__(self,
         most: float = 2**30,  # bytes; a batch that would take more is not kept
     ):
         self.most, self.rows = most, {}  # name of a conversation -> (token ids, a layer of one row for each layer)
 
-    def layers(
-        self,
+    def layers(self,
         name,  # name of the conversation
         context: list[int],  # its token ids now
     ) -> list:
