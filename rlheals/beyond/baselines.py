@@ -17,10 +17,10 @@ from ..training.computing import pick_device, set_up_torch
 from ..training.models import load_model, merged, save_model
 from ..training.generation import Kept
 from ..training.rollouts import answer_all
+from ..training.checkpoints import weight_sums
 from ..training.runs import Run, decisive
 from ..training.launching import launch
 from ..training.sft import train_sft
-from ..training.ppo_state import weight_sums
 from ..training.rl import load_start
 from ..training.grpo import training_problems
 from ..analysis.evaluation import evaluate_run

@@ -90,14 +90,13 @@ def _growing_layer():
                     mine[:, :, first:self.written] = part[:, :, start:layer.written]
                     row += len(part)
                 setattr(self, name, new)
-
     return GrowingLayer
 
 # %% ../../nbs/2_training/04_generation.ipynb #fccabd9c
 def _cache(model):
     from transformers.cache_utils import Cache, DynamicCache
-    if not attends_to_all(model): return DynamicCache(config=model.config)
-    return Cache(layer_class_to_replicate=_growing_layer())
+    growing = Cache(layer_class_to_replicate=_growing_layer())
+    return growing if attends_to_all(model) else DynamicCache(config=model.config)
 
 # %% ../../nbs/2_training/04_generation.ipynb #929a7a23
 def cache_argument(
@@ -240,7 +239,8 @@ def _prefill(model, tokenizer, contexts, known):
     begin, parts, order = _cache(model), [], []
     if n:
         ids = torch.tensor([contexts[0][:n]], device=model.device)
-        with skip_before(model, n): model(input_ids=ids, **cache_argument(model, begin), use_cache=True, logits_to_keep=1)
+        with skip_before(model, n):
+            model(input_ids=ids, **cache_argument(model, begin), use_cache=True, logits_to_keep=1)
     fresh, again = ([i for i, row in enumerate(known) if bool(row) == have] for have in (False, True))
     lengths = [len(contexts[i]) - n for i in fresh]
     for end in _like_lengths(lengths) if attends_to_all(model) else [len(fresh)]:

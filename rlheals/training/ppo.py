@@ -14,11 +14,12 @@ from ..core.distributed import (all_reduce_sum, clip_gradients, frozen_copy, gat
                                       local_passes, local_range, local_share, processes, reduce_gradients,
                                       reduce_stats, with_weights)
 from ..tasks.protocol import Task
+from .checkpoints import weight_sums
 from .computing import check_finite, halving
 from .generation import Kept, encode, generate
 from .rollouts import Environments, vllm_engine
 from .logprobs import logprobs_and_values, nested_inputs, value_head
-from .ppo_state import load_state, save_state, weight_sums
+from .ppo_state import load_state, save_state
 
 # %% ../../nbs/2_training/16_ppo.ipynb #881c5161
 def gae(

@@ -18,10 +18,9 @@ from ..tasks.protocol import examples, fingerprint
 from ..tasks.gym import as_dataset
 from .computing import check_finite, check_gradient, halving, set_up_torch
 from .models import add_lora, load_model, logits_from, save_model, skip_before, trunk
-from .checkpoints import weight_bytes
+from .checkpoints import weight_bytes, weight_sums
 from .runs import Run
 from .launching import keep_stopped, launch, tracker
-from .ppo_state import weight_sums
 
 # %% ../../nbs/2_training/13_sft.ipynb #880cc884
 def answer_loss(
@@ -222,7 +221,8 @@ def train_sft(
         )
         tests = {name: tokenized(data, tokenizer) for name, data in tests.items()}
         trainer = Trainer(
-            model, args, train_dataset=tokenized(train, tokenizer), eval_dataset=tests, processing_class=tokenizer, callbacks=[Checkpoints()]
+            model, args, train_dataset=tokenized(train, tokenizer), eval_dataset=tests, processing_class=tokenizer,
+            callbacks=[Checkpoints()],
         )
         trainer.remove_callback(PrinterCallback)  # what it would print is in the table
         trainer.train(resume_from_checkpoint=start and str(start))

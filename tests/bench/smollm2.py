@@ -116,4 +116,5 @@ if __name__ == '__main__':
             for name, checkout in checkouts.items(): rates[name].append(rate(checkout, what, settings))
         rates = {name: statistics.median(r) for name, r in rates.items()}
         ratio = f", {rates['new'] / rates['old']:.2f} times" if args.old else ''
-        print(f"{what}: {', '.join(f'{name} {r:.0f}' for name, r in rates.items())} tokens per second{ratio}", flush=True)
+        said = ', '.join(f'{name} {r:.0f}' for name, r in rates.items())
+        print(f'{what}: {said} tokens per second{ratio}', flush=True)
