@@ -244,7 +244,10 @@ def is_lora(model) -> bool:
     return hasattr(model, 'merge_and_unload')
 def merged(model):
     "A plain model with the adapters added to the weights; a model without adapters is returned as it is."
-    return copy.deepcopy(model).merge_and_unload() if is_lora(model) else model
+    if not is_lora(model): return model
+    out = copy.deepcopy(model).merge_and_unload()
+    out.__dict__.pop('forward', None)  # TRL's is bound to the model in training
+    return out
 
 # %% ../../nbs/2_training/02_models.ipynb #7d254420
 def trunk(model):
