@@ -203,10 +203,7 @@ def train_sft(
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             plain = self.accelerator.unwrap_model(model)
-            with computing(plain):
-                # the Trainer's own loss reads whole texts
-                if n > 1: loss = super().compute_loss(model, inputs, False, num_items_in_batch)
-                else: loss = answer_loss(plain, **inputs) / num_items_in_batch
+            with computing(plain): loss = super().compute_loss(model, inputs, False, num_items_in_batch)
             return loss if penalty is None else loss + penalty(plain) * self.share
 
     with nullcontext(state) if keeps else TemporaryDirectory() as folder:
