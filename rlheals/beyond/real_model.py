@@ -9,7 +9,7 @@ __all__ = ['CANDIDATES', 'STEPS', 'LEAST', 'SmallRank', 'candidate_run', 'try_ca
 import time
 from pathlib import Path
 import numpy as np
-from ..core.files import complete, remove
+from ..core.files import remove
 from ..tasks.matrices import Rank
 from ..training.computing import set_up_torch
 from ..training.models import load_model
@@ -66,8 +66,9 @@ def try_candidate(
     run: Run,  # of `candidate_run`
     progress=lambda done, total: None,
 ):  # DataFrame: checkpoint, split, metric, value, low, high, episodes, seconds (of training up to the checkpoint)
-    "Train a candidate and evaluate its checkpoints, whose weights are then removed. Training resumes."
+    "Train a candidate and evaluate its checkpoints: writes the table `candidate`, and then removes the weights."
     import pandas as pd
+    if run.table('candidate').exists(): return run.load('candidate')
     c, rows, ticks = run.config, [], [time.perf_counter()]
     def tick(done, total): ticks.append(time.perf_counter()); progress(done, total)
     sft_stage(run, tick)
@@ -81,11 +82,13 @@ def try_candidate(
                              episodes=len(t)))
     # the median, because a resumed training has fewer steps, and one of them may have waited
     rate = float(np.median(np.diff(ticks))) if len(ticks) > 1 else np.nan
-    return pd.DataFrame(rows).assign(seconds=lambda t: t.checkpoint * rate)
+    made = run.save(pd.DataFrame(rows).assign(seconds=lambda t: t.checkpoint * rate), 'candidate')
+    remove(run.path('checkpoints'))
+    return made
 
 # %% ../../nbs/5_beyond/23_real_model.ipynb #d2f65ac5
 def search(
-    folder,  # one table per candidate; those that are there are not made again
+    folder,  # of the search; candidates whose table is there are not tried again
     names=tuple(CANDIDATES),
     progress=print,  # called with one line per candidate
     profile: str = 'smollm2',
@@ -95,13 +98,7 @@ def search(
     import pandas as pd
     tables = []
     for k, name in enumerate(names):
-        run = candidate_run(name, folder, profile, changes)
-        kept = Path(folder)/f"{name.replace(', ', '-').replace(' ', '-')}.parquet"
-        if not kept.exists():
-            table = try_candidate(run)
-            with complete(kept) as tmp: table.to_parquet(tmp, index=False)
-            remove(run.path('checkpoints'))
-        tables.append(pd.read_parquet(kept).assign(candidate=name))
+        tables.append(try_candidate(candidate_run(name, folder, profile, changes)).assign(candidate=name))
         progress(f'{k + 1} of {len(names)}: {name}')
     return pd.concat(tables, ignore_index=True)
 

@@ -95,8 +95,8 @@ def _growing_layer():
 # %% ../../nbs/2_training/04_generation.ipynb #fccabd9c
 def _cache(model):
     from transformers.cache_utils import Cache, DynamicCache
-    growing = Cache(layer_class_to_replicate=_growing_layer())
-    return growing if attends_to_all(model) else DynamicCache(config=model.config)
+    if not attends_to_all(model): return DynamicCache(config=model.config)
+    return Cache(layer_class_to_replicate=_growing_layer())
 
 # %% ../../nbs/2_training/04_generation.ipynb #929a7a23
 def cache_argument(
@@ -192,16 +192,10 @@ def _row(cache, mask, row, tokens):  # keys and values of the first tokens of a 
     return [one(x) if x.is_initialized else SimpleNamespace(is_initialized=False) for x in cache.layers]
 
 # %% ../../nbs/2_training/04_generation.ipynb #c807673d
-# (logits (B, V) of the token after `ids`, hidden state (B, h) that they are computed from)
-def _next_logits(model, ids, mask, position, cache):
-    hidden = []
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda layer, args: hidden.append(args[0][:, -1]))
-    try:
-        with skip_before(model, ids.shape[1] - 1):
-            out = model(input_ids=ids, attention_mask=mask, position_ids=position, **cache_argument(model, cache),
-                        use_cache=True, logits_to_keep=1)
-    finally: hook.remove()
-    return out.logits[:, -1].float(), hidden[0]
+def _next_logits(model, ids, mask, position, cache):  # logits (B, V) of the token after `ids`
+    out = model(input_ids=ids, attention_mask=mask, position_ids=position, **cache_argument(model, cache),
+                use_cache=True, logits_to_keep=1)
+    return out.logits[:, -1].float()
 
 # %% ../../nbs/2_training/04_generation.ipynb #2dd4d7c9
 def _like_lengths(lengths):  # places in ascending lengths at which groups end that need little padding
@@ -228,7 +222,12 @@ def _read(model, tokenizer, texts, cache, mask):  # a part of `_prefill`: more t
     enc = tokenizer.pad(dict(input_ids=texts), padding_side='left', return_tensors='pt').to(model.device)
     mask = torch.cat([mask, enc['attention_mask']], 1)
     position = (mask.cumsum(1) - 1).clamp(min=0)[:, -enc['input_ids'].shape[1]:]
-    return *_next_logits(model, enc['input_ids'], mask, position, cache), cache, mask, position[:, -1:]
+    ids, head, hidden = enc['input_ids'], model.get_output_embeddings(), []  # hidden: what the head is given
+    hook = head.register_forward_pre_hook(lambda layer, args: hidden.append(args[0][:, -1]))
+    try:
+        with skip_before(model, ids.shape[1] - 1): logits = _next_logits(model, ids, mask, position, cache)
+    finally: hook.remove()
+    return logits, hidden[0], cache, mask, position[:, -1:]
 
 # %% ../../nbs/2_training/04_generation.ipynb #9b7a92ba
 # (logits (B, V) after the contexts, last hidden state (B, h), cache of keys and values, mask (B, L), position (B, 1) of
@@ -296,5 +295,5 @@ def _generate(model, tokenizer, contexts, max_new_tokens, temperature, chance, k
             rows = [rows[i] for i in keep.tolist()]
             mask, position, token, ended = (x[keep] for x in (mask, position, token, ended))
         position, mask = position + 1, torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-        logits, _ = _next_logits(model, token[:, None], mask, position, cache)
+        logits = _next_logits(model, token[:, None], mask, position, cache)
     return [a[:a.index(eos) + 1] if eos in a else a for a in answers], logprobs, hidden

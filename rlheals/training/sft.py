@@ -66,13 +66,14 @@ def mean_loss(
     return total / tokens
 
 # %% ../../nbs/2_training/13_sft.ipynb #dd8b12b1
+def _states(folder):  # step -> state, in the order of steps
+    return dict(sorted((int(p.name.rpartition('-')[2]), p) for p in Path(folder).glob('checkpoint-*')))
 def last_state(
     folder,  # directory of states of a training
     key: int,  # identifies the training
 ):  # path, or None
     "The last complete state of this training; half-written, damaged and foreign ones are removed."
-    step = lambda path: int(path.name.rpartition('-')[2])
-    for state in sorted(Path(folder).glob('checkpoint-*'), key=step, reverse=True):
+    for state in reversed(_states(folder).values()):
         whole = (state/SUMS).exists()
         if whole and not damaged(state) and json.loads((state/'key.json').read_text()) == key: return state
         if whole: print(f'{state} is damaged, or of other settings: training does not continue from it')
@@ -88,7 +89,7 @@ def keep_state(
     (folder/'losses.json').write_text(json.dumps(losses))
     (folder/'key.json').write_text(json.dumps(key))
     seal(folder)  # now it counts
-    for old in folder.parent.glob('checkpoint-*'):
+    for old in _states(folder.parent).values():
         if old != folder: remove(old)
 
 # %% ../../nbs/2_training/13_sft.ipynb #965cd2e1
@@ -201,10 +202,11 @@ def train_sft(
             check_finite(everywhere, f'the loss at SFT step {self.state.global_step}', lower)
             return loss
 
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            plain = self.accelerator.unwrap_model(model)
-            with computing(plain): loss = super().compute_loss(model, inputs, False, num_items_in_batch)
-            return loss if penalty is None else loss + penalty(plain) * self.share
+        def compute_loss(self, model, *args, **kw):
+            with computing(self.accelerator.unwrap_model(model)): got = super().compute_loss(model, *args, **kw)
+            if penalty is None: return got
+            more = penalty(self.accelerator.unwrap_model(model)) * self.share
+            return (got[0] + more, *got[1:]) if isinstance(got, tuple) else got + more
 
     with nullcontext(state) if keeps else TemporaryDirectory() as folder:
         args = SFTConfig(
@@ -255,12 +257,12 @@ def put_back(
     state: Path,  # directory of the state of SFT
 ):
     "Restore the checkpoints of an interrupted SFT from their links; without one of them, SFT starts anew."
-    steps = [int(p.name.rpartition('-')[2]) for p in state.glob('checkpoint-*')]
-    for step in run.config['sft']['checkpoints'] if steps else ():
+    last = max(_states(state), default=-1)
+    for step in run.config['sft']['checkpoints'] if last >= 0 else ():
         to, link = run.checkpoint('sft', step), state/f'sft-{step:06d}'
         whole = lambda path: path.exists() and not incomplete(path)
         if whole(link) and not whole(to): linked(link, to)
-        if step <= max(steps) and not whole(to): return remove(state)
+        if step <= last and not whole(to): return remove(state)
 
 # %% ../../nbs/2_training/13_sft.ipynb #8f8b9771
 def sft_stage(
@@ -275,13 +277,15 @@ def sft_stage(
     set_up_torch(c['threads'], seed=run.seed)
     model, tok = load_model(run.base, run.config['model']['device'], run.config['model']['dtype'], run.config['scale'])
     model = add_lora(model, **run.config['lora'], seed=run.seed)
-    # the state: weights and two moments, twice while one replaces the other
-    need_room(run.dir, (len(c['checkpoints']) + 1 + 6) * weight_bytes(model), 'the checkpoints and the state of SFT')
     state, storage = run.path('partial', 'sft'), run.config['storage']  # the state goes when the table is there
+    resumes = run.processes('sft') == 1
+    # the state: weights and two moments, twice while one replaces the other
+    room = len(c['checkpoints']) + 1 + 6 * resumes
+    need_room(run.dir, room * weight_bytes(model), 'the checkpoints and the state of SFT')
     put_back(run, state)
     def keep(step, m):
         save_model(m, tok, run.checkpoint('sft', step), storage['max_shard_size'])
-        if run.processes('sft') == 1: linked(run.checkpoint('sft', step), state/f'sft-{step:06d}')
+        if resumes: linked(run.checkpoint('sft', step), state/f'sft-{step:06d}')
     pairs, train, tests = sft_data(run, tok)
     with tracker(run, 'sft') as track, keep_stopped(run, 'sft', model, tok):
         seed = hash64(run.seed, 'sft') % 2**31

@@ -2,8 +2,9 @@
 
     python tests/bench/smollm2.py [OLD_CHECKOUT] [--set KEY=VALUE ...]
 
-Prompts and answers are those of the profile `smollm2-short`. Each checkout works in processes of its own, by turns, and
-counts its own tokens: those of training examples, of answers, and of the prompts and answers that a PPO update reads.
+On GeneralPoints with the brief prompt, unless --set says otherwise (JSON: task, options, batch, micro_batch, envs,
+max_new_tokens, threads, scale). Each checkout works in processes of its own, by turns, and counts its own tokens: in
+SFT those of training examples, else those of sampled answers.
 Beside them stands a roofline: twice the parameters of the linear layers in multiplications and additions per token
 forward, three times that in training, at the rate at which this machine multiplies matrices of the model's size."""
 import argparse, json, os, statistics, subprocess, sys, time, warnings
