@@ -122,28 +122,35 @@ def server(
     try: yield {ADDRESS: name}
     finally: process.kill(); process.wait()
 
+# %% ../../nbs/0_core/05_prefork.ipynb #25287b2b
+def _request(connection, name, words):  # whether the server `name` has taken the request and begun
+    try:
+        connection.connect('\0' + name)
+        if _user(connection) != os.getuid(): return False
+        leads = os.getsid(0) == os.getpid()
+        asked = dict(words=words, folder=os.getcwd(), environment=dict(os.environ), leads=leads)
+        text = json.dumps(asked).encode()
+        socket.send_fds(connection, [struct.pack('I', len(text))], [0, 1, 2])
+        connection.sendall(text)
+        return connection.recv(5, socket.MSG_WAITALL) == b'begun'
+    except OSError: return False
+
 # %% ../../nbs/0_core/05_prefork.ipynb #53e60c73
 def _ask(
     words: list[str],  # name of a module and its arguments
 ) -> int | None:  # exit status of the module; None if no server took the request
     "Let the server named by `RLHEALS_PREFORK` run a module in place of this process."
     if not (name := os.environ.get(ADDRESS)): return None
-    with socket.socket(socket.AF_UNIX) as s:
-        try:
-            s.connect('\0' + name)
-            if _user(s) != os.getuid(): return None
-            leads = os.getsid(0) == os.getpid()
-            asked = dict(words=words, folder=os.getcwd(), environment=dict(os.environ), leads=leads)
-            text = json.dumps(asked).encode()
-            socket.send_fds(s, [struct.pack('I', len(text))], [0, 1, 2])
-            s.sendall(text)
-            if s.recv(5, socket.MSG_WAITALL) != b'begun': return None
-        except OSError: return None
-        return _wait(s)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # an interrupt waits until the fork can receive it
+    try:
+        with socket.socket(socket.AF_UNIX) as s:
+            if _request(s, name, words): return _wait(s)
+    finally: signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 # %% ../../nbs/0_core/05_prefork.ipynb #9f9ab736
 def _wait(connection):  # wait for the fork and return its exit status
     signal.signal(signal.SIGINT, lambda *_: connection.send(b'I'))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     parent = os.getppid()
     while not select.select([connection], [], [], 1)[0]:
         if os.getppid() != parent: return 1  # nobody waits for the result any more
