@@ -141,16 +141,14 @@ def _ask(
 ) -> int | None:  # exit status of the module; None if no server took the request
     "Let the server named by `RLHEALS_PREFORK` run a module in place of this process."
     if not (name := os.environ.get(ADDRESS)): return None
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # an interrupt waits until the fork can receive it
-    try:
-        with socket.socket(socket.AF_UNIX) as s:
-            if _request(s, name, words): return _wait(s)
-    finally: signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    with socket.socket(socket.AF_UNIX) as s:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # an interrupt waits until it can be passed on
+        if taken := _request(s, name, words): signal.signal(signal.SIGINT, lambda *_: s.send(b'I'))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        return _wait(s) if taken else None
 
 # %% ../../nbs/0_core/05_prefork.ipynb #9f9ab736
 def _wait(connection):  # wait for the fork and return its exit status
-    signal.signal(signal.SIGINT, lambda *_: connection.send(b'I'))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     parent = os.getppid()
     while not select.select([connection], [], [], 1)[0]:
         if os.getppid() != parent: return 1  # nobody waits for the result any more
