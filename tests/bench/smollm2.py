@@ -46,14 +46,12 @@ def measured(what, settings):
         as_dataset = first('tasks.gym:as_dataset', 'views:as_dataset')
         pairs = first('tasks.protocol:examples', 'tasks:examples')(task, 'train', settings['batch'] * 4, 0)
         c = profile['sft'] | dict(max_steps=4, batch_size=settings['batch'], checkpoints=[], warmup_steps=1)
-        read = [0]
-        def counted(module, args, kwargs): read[0] += int(kwargs['attention_mask'].sum()) if module.training else 0
-        model.register_forward_pre_hook(counted, with_kwargs=True)
-        steps = []
-        def step(*_): tick(); steps.append(read[0])
-        first('training.sft:train_sft', 'sft:train_sft')(
-            model, tok, as_dataset(task, pairs, bool(tok.chat_template)), {}, c, progress=step)
-        return [b - a for a, b in zip(steps, steps[1:])], ticks[1:]
+        data = as_dataset(task, pairs, bool(tok.chat_template))
+        whole = [tok.apply_chat_template(e['prompt'] + e['completion'], tokenize=False) for e in data]
+        first('training.sft:train_sft', 'sft:train_sft')(model, tok, data, {}, c, progress=tick)
+        # the steps read each example once; the last of them ends the training
+        tokens = sum(map(len, tok(whole, add_special_tokens=False)['input_ids'])) / c['max_steps']
+        return [tokens] * (len(ticks) - 2), ticks[1:]
     c = profile['rl'] | dict(updates=3, envs=settings['envs'], turns=2, epochs=2, minibatch=settings['batch'],
                              micro_batch=settings['micro_batch'], log_kl=False, threads=settings['threads'])
     log, _ = first('training.ppo:train_ppo', 'ppo:train_ppo')(
