@@ -55,7 +55,7 @@ def candidate_run(
     run = Run(profile, (
         *options, 'task.tries=1', f'sft.max_steps={STEPS[-1]}', f"sft.checkpoints={','.join(map(str, STEPS))}",
         'sft.batch_size=16', f'sft.examples={STEPS[-1] * 16}', 'sft.test_examples=16', 'sft.end=0',
-        'eval.splits=id,ood_dev', 'eval.episodes=48', *changes,
+        'eval.splits=id,ood_dev', 'eval.episodes=48', 'scale.precision=auto', *changes,
     ), DEVELOPMENT, Path(folder), task)
     if run.splits['ood'] != 'ood_dev':
         raise ValueError(f'{name} must use eval.splits=id,ood_dev: the search must not see the problems of the results')

@@ -17,7 +17,7 @@ from ..analysis.evaluation import evaluation_parts
 from ..analysis.surgery import surgery_plan
 from ..beyond.baselines import baseline_plan, budget
 from ..beyond.conditions import CONDITIONS, condition_run, made_already
-from .memory import lengths, shape, shape_of
+from .memory import half, lengths, shape, shape_of
 
 # %% ../../nbs/6_running/04_duration.ipynb #f48d6ac2
 # bytes; operations and bytes per second, by its specification (dense bfloat16)
@@ -109,7 +109,7 @@ class Costs:
     ) -> float:
         "Seconds of sampling an answer in each of several conversations."
         c, s, P = self.config, self.shape, self.shape.parameters - self.shape.idle
-        width = 2 if 'bfloat16' in (c['scale']['precision'], c['model']['dtype']) else 4
+        width = 2 if half(c, self.gpu) or c['model']['dtype'] == 'bfloat16' else 4
         step = max(P * width / self.device.bandwidth, -(-rows // devices) * 2 * P / self.rate)
         if not self.gpu or c['rl']['engine'] != 'vllm': step += (s.layers - s.skipped) * LAUNCH[self.gpu]
         return self.score(rows * read) + self.new * step
@@ -136,7 +136,8 @@ def _base(k, job): return k.train(k.config['base']['steps'] * 64 * k.pair)  # do
 def _sft(k, job):
     c = k.config['sft']
     losses = len(c['checkpoints']) * 3 * c['test_examples']  # test losses at each checkpoint
-    return k.train(c['max_steps'] * c['batch_size'] * k.pair) + k.score(losses * k.pair)
+    each = k.pair - (k.lengths.shared if k.devices == 1 else 0)  # one process reads what all prompts begin with once
+    return k.train(c['max_steps'] * c['batch_size'] * each) + k.score(losses * each)
 
 # %% ../../nbs/6_running/04_duration.ipynb #bd202817
 @_cost

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Shape', 'CONFIGS', 'Lengths', 'LIBRARIES', 'LOGITS', 'KERNELS', 'MEASURED', 'MemoryEstimate', 'UnknownShape', 'shape',
-           'shape_of', 'lengths', 'estimate_memory']
+           'shape_of', 'lengths', 'half', 'estimate_memory']
 
 # %% ../../nbs/6_running/03_memory.ipynb #2385a6aa
 import json, math
@@ -12,6 +12,7 @@ from collections import namedtuple
 from functools import lru_cache
 from pathlib import Path
 from ..tasks.protocol import Episode, examples
+from ..training.computing import computed_in
 from ..training.models import ASSETS, SMOLLM2, find_model, is_gguf
 from ..training.checkpoints import stored
 from ..training.generation import encode
@@ -160,6 +161,13 @@ def _kept(s, L, width, fused):
     return 4 * 2 * s.hidden + width * (
         5 * s.hidden + 3 * s.heads * s.head_dim + 4 * s.mlp + (0 if fused else s.heads * L)
     )
+def half(
+    c: dict,  # settings of a run
+    gpu: bool = False,  # whether the devices are GPUs
+) -> bool:
+    "Whether training computes in bfloat16."
+    precision = c['scale']['precision']
+    return gpu and precision == 'auto' or computed_in(precision, 'cpu') == 'bfloat16'
 
 # %% ../../nbs/6_running/03_memory.ipynb #c5570248
 # bytes of activations for `tokens` tokens in each of `rows` sequences of length L
@@ -182,7 +190,7 @@ def estimate_memory(
     b, sharded = DTYPES[c['model']['dtype']], c['scale']['sharding'] != 'none' and stage != 'evaluate'
     shards = devices if sharded else 1
     if stage in ('grpo', 'baselines'): devices = shards  # one process unless the model is sharded
-    mixed = c['scale']['precision'] == 'bfloat16' and b > 2
+    mixed = half(c, gpu) and b > 2
     width = 2 if mixed else b
     trained = _lora(s, c['lora']['rank']) or s.parameters - s.idle
     used = s.layers - s.skipped
@@ -209,7 +217,7 @@ def estimate_memory(
         if shards > 1:
             gathered = (
                 width * (2 * (s.parameters - 2 * s.vocab * s.hidden) / max(s.layers, 1) + 2 * s.vocab * s.hidden) * 2,
-                s.parameters * width,
+                s.parameters * width * (stage != 'sft'),
             )  # scoring and sampling gather all of them
         r, g = c['rl'], c['grpo']
         passes = dict(
@@ -223,7 +231,14 @@ def estimate_memory(
                 (min(c['sft']['batch_size'], c['sft']['examples']) if stage == 'sft' else r['minibatch']) // devices,
                 n.prompt + n.answer,
             )
-            out['activations'] = _activations(s, rows, L, L, c, width, gpu) + LOGITS * rows * L * s.vocab * 4
+            # one process computes what all prompts begin with once, unless activations are computed twice
+            shared = 0 if devices > 1 or c['scale']['gradient_checkpointing'] else n.shared
+            out['activations'] = (
+                _activations(s, rows, L - shared, L, c, width, gpu)
+                + _activations(s, 1, shared, shared, c, width, gpu)
+                + used * rows * shared * 2 * (s.heads + s.kv_heads) * s.head_dim * width
+                + LOGITS * rows * n.answer * s.vocab * 4
+            )
             if stage == 'baselines': out['cache'] = sampling(r['envs'])  # every process samples all of them
         elif stage == 'grpo':
             # on a GPU fewer at a time if memory runs out

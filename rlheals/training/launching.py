@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from ..core.distributed import is_sharded, processes
-from .computing import pick_device
+from .computing import computed_in, pick_device
 from .models import ASSETS, save_model
 from .runs import Run
 
@@ -42,7 +42,7 @@ def launch(
             '--config_file',
             ASSETS / 'accelerate' / 'zero3.yaml',
             '--mixed_precision',
-            'bf16' if scale['precision'] == 'bfloat16' else 'no',
+            'bf16' if computed_in(scale['precision'], 'cuda') == 'bfloat16' else 'no',
         ]
     command = [
         sys.executable,

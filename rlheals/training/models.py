@@ -13,7 +13,7 @@ from pathlib import Path
 from ..core.files import check, complete
 from ..core.distributed import is_sharded, local_shard, processes
 from ..core.store import fetch_checkpoint, is_url
-from .computing import pick_device
+from .computing import computed_in, pick_device
 
 # %% ../../nbs/2_training/02_models.ipynb #f0990391
 ASSETS = Path(__file__).parents[1]/'assets' if '__file__' in globals() else Path('../../rlheals/assets').resolve()
@@ -52,9 +52,8 @@ def _shards(device, scale):  # arguments of `from_pretrained` for sharding; None
     if scale['sharding'] == 'zero3': return {}  # DeepSpeed shards the model later
     from transformers.distributed import DistributedConfig
 
-    return dict(
-        distributed_config=DistributedConfig(fsdp_size=n, fsdp_mixed_precision=scale['precision'] == 'bfloat16')
-    )
+    half = computed_in(scale['precision'], device) == 'bfloat16'
+    return dict(distributed_config=DistributedConfig(fsdp_size=n, fsdp_mixed_precision=half))
 
 # %% ../../nbs/2_training/02_models.ipynb #844f3244
 def _ready(model, scale):  # prepare for training with the settings in `scale`
@@ -64,7 +63,7 @@ def _ready(model, scale):  # prepare for training with the settings in `scale`
     # layers that attend to pictures: text passes them by, so they get no gradient
     for i in getattr(model.config, 'cross_attention_layers', None) or (): model.model.layers[i].requires_grad_(False)
     if scale and scale['gradient_checkpointing']: model.activation_checkpointing_enable(dict(use_reentrant=False))
-    if scale and scale['precision'] == 'bfloat16': model.computes_in = torch.bfloat16
+    if scale and computed_in(scale['precision'], model.device.type) == 'bfloat16': model.computes_in = torch.bfloat16
     # else the last layer's weights stay gathered after a pass without gradients, and become stale
     if is_sharded(model): model.set_reshard_after_forward(True)
     return model
