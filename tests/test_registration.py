@@ -9,15 +9,15 @@ KEPT = ROOT/'figures'/'registration.json'
 
 
 def precedes(registered, ledger, committed):
-    """What contradicts a ledger's claim to have been registered: other rules, seeds or settings, or tables made before
-    the registration was committed."""
+    """What contradicts a ledger's claim to have been registered: other rules, or for a task that it judges other seeds
+    or settings, or tables made before the registration was committed. A registered task may be still to be run."""
     seeds = {t: len(s) for t, s in ledger['seeds'].items()}
-    known = registered['settings']
+    known = {t: registered['settings'][t] for t in seeds}
     settings = {t: {s: v for s, v in c.items() if s in known[t]} for t, c in ledger['settings'].items()}
     return [
         what for what, wrong in dict(
             rules=ledger['rules'] != registered['rules'],
-            seeds=seeds != registered['seeds'],
+            seeds=seeds != {t: registered['seeds'][t] for t in seeds},
             settings=settings != known,
             date=datetime.fromisoformat(ledger['begun']) <= datetime.fromisoformat(committed),
         ).items() if wrong
@@ -46,6 +46,9 @@ def test_what_contradicts_a_registration_is_found():
     assert precedes(registered, ledger | dict(begun='2030-01-01T09:00:00+00:00'), committed) == ['date']
     fewer = {t: s[:4] for t, s in ledger['seeds'].items()}
     assert precedes(registered, ledger | dict(seeds=fewer), committed) == ['seeds']
+    one = {k: dict(rank=v['rank']) for k, v in ledger.items() if k in ('seeds', 'settings')}
+    assert precedes(registered, ledger | one, committed) == []
+    assert precedes(registered, ledger | one | dict(seeds=dict(rank=[0])), committed) == ['seeds']
     other = json.loads(json.dumps(registered['settings']))
     other['rank']['rl']['updates'] = 7
     assert precedes(registered, ledger | dict(settings=other), committed) == ['settings']
