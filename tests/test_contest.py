@@ -7,7 +7,7 @@ from rlheals.core.files import Damaged
 from rlheals.beyond import forgetting_runs
 from rlheals.beyond.forgetting_runs import Variant, contest_runs, measure_variant, run_contest, variant_run
 from rlheals.beyond.what_predicts_forgetting import paths
-from rlheals.running.development import write_contest
+from rlheals.running.studies import write_contest
 
 FEW = [Variant('plain-rate', rate=.5), Variant('lora', 'lora-4'), Variant('osf', 'osf-0.5')]
 
