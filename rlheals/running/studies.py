@@ -123,14 +123,16 @@ def write_search(
     import pandas as pd
     runs = {name: candidate_run(name, search, profile, changes) for name in CANDIDATES}
     if lack := [name for name, run in runs.items() if not run.table('candidate').exists()]:
-        raise FileNotFoundError(f'not tried yet: {"; ".join(lack)}: run rlheals.beyond.real_model.search({str(search)!r})')
+        how = f'rlheals.beyond.real_model.search({str(search)!r})'
+        raise FileNotFoundError(f'not tried yet: {"; ".join(lack)}: run {how}')
     table = pd.concat([run.load('candidate').assign(candidate=name) for name, run in runs.items()], ignore_index=True)
     path = Path(folder)/'real_model.csv'
     path.parent.mkdir(parents=True, exist_ok=True)
     with complete(path) as tmp: table.to_csv(tmp, index=False, float_format='%.6g', lineterminator='\n')
     tasks = sorted({run.task_name for run in runs.values()})
     record = provenance(Run(profile, changes), [], dict.fromkeys(tasks, 1)) | dict(
-        seeds=dict.fromkeys(tasks, [DEVELOPMENT]), runs={name: dict(task=run.task_name, changes=[*run.changes]) for name, run in runs.items()},
+        seeds=dict.fromkeys(tasks, [DEVELOPMENT]),
+        runs={name: dict(task=run.task_name, changes=[*run.changes]) for name, run in runs.items()},
         inputs={name: digest(run.table('candidate')) for name, run in runs.items()}, outputs=record_outputs([path]),
     )
     with complete(path.with_suffix('.json')) as tmp: tmp.write_text(json.dumps(record, indent=1, sort_keys=True) + '\n')

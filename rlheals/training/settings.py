@@ -309,8 +309,9 @@ SETTINGS['explorer'] = dict(
 SETTINGS['scale'] = dict(
     sharding=Setting('none', 'how weights, gradients and moments are split over `sft.processes` and `rl.processes`',
                      choice(*SHARDINGS)),
-    precision=Setting('float32', 'type of the computation in training (`auto`: bfloat16 if the hardware is made for it); weights '
-                      'and moments have `model.dtype`', choice('float32', 'bfloat16', 'auto'), paper='bfloat16'),
+    precision=Setting('float32', 'type of the computation in training (`auto`: bfloat16 if the hardware is made for '
+                      'it); weights and moments have `model.dtype`', choice('float32', 'bfloat16', 'auto'),
+                      paper='bfloat16'),
     gradient_checkpointing=Setting(False, 'whether activations are computed twice instead of being kept'),
 )
 _JOB = dict(
