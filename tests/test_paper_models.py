@@ -207,7 +207,7 @@ def by_hand(name, stage, found, model):
     used = {int(p['name'].split('.')[2]) for p in found if '.layers.' in p['name'] and p['trained']}
     new = c['model']['max_new_tokens']
     context = n.prompt + (c['task']['tries'] - 1) * (new + n.followup)
-    if stage == 'sft': rows, L, scored = c['sft']['batch_size'] // GPUS, n.prompt + n.answer, n.prompt + n.answer
+    if stage == 'sft': rows, L, scored = c['sft']['batch_size'] // GPUS, n.prompt + n.answer, n.answer
     else: rows, L, scored = c['rl']['micro_batch'], context + new, new
     inputs = len(used) * rows * L * tokens.shape[1] * width
     arrays = LOGITS * rows * scored * len(head) * 4
@@ -239,8 +239,9 @@ def test_the_estimate_of_memory(name, stage, divided, models, say):
 @pytest.mark.parametrize('name', MODELS)
 def test_a_layer_keeps_what_the_estimate_says(name):
     run = Run(name, ('scale.gradient_checkpointing=false',))
-    rows, L, s = 16, lengths(run).prompt + lengths(run).answer, shape_of(run)
-    activations = estimate_memory(run, 'sft', GPUS, True).parts['activations'] - LOGITS * rows * L * s.vocab * 4
+    rows, n, s = 16, lengths(run), shape_of(run)
+    L, logits = n.prompt + n.answer, LOGITS * rows * n.answer * s.vocab * 4
+    activations = estimate_memory(run, 'sft', GPUS, True).parts['activations'] - logits
     layers = s.layers - s.skipped + 2  # the one being computed takes twice as much again
     assert layers * kept_by_a_layer(name, rows, L) == pytest.approx(activations, rel=.01)
 
