@@ -169,11 +169,9 @@ def _landmark_bars(ax, e, others):  # bars of one task; the table drawn
     rl = marks['end'] if marks['end'] in set(starts) else int(starts.max())
     models = [('SFT_MaxOOD', 'sft', marks['max_ood']), ('SFT_End', 'sft', marks['end']), ('RL_End', 'rl', rl)]
     if marks['last'] != marks['end']: models.insert(2, ('last', 'sft', marks['last']))
-    models += [
-        (name, stage, int(t[t.stage == stage].checkpoint.max()))
-        for name, stage, t in [('GRPO_End', 'grpo', e), *((m, m, others) for m in BASELINES)]
-        if (t.stage == stage).any()
-    ]
+    if (e.stage == 'grpo').any(): models.append(('GRPO_End', 'grpo', int(e[e.stage == 'grpo'].checkpoint.max())))
+    if (theirs := int(others.checkpoint.max())) != rl and theirs in set(starts): models.append(('RL', 'rl', theirs))
+    models += [(m, m, theirs) for m in BASELINES if ((others.stage == m) & (others.checkpoint == theirs)).any()]
     data = pd.concat(
         [
             with_seeds(rows(t, 'evaluation', stage=stage, checkpoint=c), ['split']).assign(
@@ -204,7 +202,7 @@ def _landmark_bars(ax, e, others):  # bars of one task; the table drawn
         for y, mean, high in zip(d.y, d['mean'], d.high):
             ax.annotate(
                 f'{100 * mean:.1f}',
-                (100 * high, y + shift),
+                (100 * max(high, single[single.y == y]['mean'].max()), y + shift),
                 (2.5, 0),
                 textcoords='offset points',
                 va='center',
@@ -227,10 +225,10 @@ def _landmark_bars(ax, e, others):  # bars of one task; the table drawn
 @figure('evaluation', 'baselines', name='F5', title='The three checkpoints the paper names',
         claims=('C1', 'C3a', 'C3b'), across_tasks=True)
 def f5(tables):
-    """Accuracy of the SFT checkpoint with the best OOD accuracy, of the last one, and of what starts from the last
-    one: RL (RL_End: PPO, GRPO_End: GRPO) and, paler, equal-compute baselines without RL (SFT on fresh examples;
-    rejection sampling: SFT on the model's own right answers) and weights interpolated with an earlier checkpoint;
-    ID and OOD, per task (95 % intervals; dots: seeds)."""
+    """Accuracy of the SFT checkpoint with the best OOD accuracy, of SFT_End and of the last one, and of RL from
+    SFT_End (RL_End: PPO, GRPO_End: GRPO). Paler, equal-compute baselines without RL (SFT on fresh examples; rejection
+    sampling: SFT on the model's own right answers) and weights interpolated with an earlier checkpoint, below RL from
+    the same step; ID and OOD, per task (95 % intervals; dots: seeds)."""
     import matplotlib.pyplot as plt, pandas as pd
     e, others = (rows(tables[t], t, metric='success', split=('id', 'ood')) for t in ('evaluation', 'baselines'))
     by_task, others = split_by_task(e), split_by_task(others)

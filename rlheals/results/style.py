@@ -204,8 +204,11 @@ def steps_axis(ax, steps, log=True, label='SFT step', room=.085):
 
 # %% ../../nbs/4_results/01_style.ipynb #05194b9f
 def top_legend(fig, handles, ncols=None):
-    "A legend above all panels."
-    fig.legend(handles=handles, loc='outside upper center', ncols=ncols or len(handles))
+    "A legend above all panels: in `ncols` columns (default: one per handle), or fewer if the figure is too narrow."
+    for n in range(ncols or len(handles), 0, -1):
+        legend = fig.legend(handles=handles, loc='outside upper center', ncols=n)
+        if n == 1 or legend.get_window_extent().width <= fig.bbox.width: return
+        legend.remove()
 
 # %% ../../nbs/4_results/01_style.ipynb #1c340fd7
 def save(

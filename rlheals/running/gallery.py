@@ -174,18 +174,18 @@ def differing(
 def made_with(
     folder,  # of the figures
 ) -> str:
-    """A sentence where the figures kept in a folder were made with other settings than today's: which, and at which
-    commit. Empty where they are the same."""
-    records = {p.stem: json.loads(p.read_text()) for p in sorted(Path(folder).glob('[FS]*.json'))}
-    old = {
-        f: d for f, r in records.items() if (d := differing(r['settings'], load_profile(r['profile'], r['changes'])))
-    }
+    """A sentence on the figures kept in a folder, and in those of other tasks, that were made with settings other than
+    today's: which, and at which commits. Empty if there are none."""
+    old, commits = {}, set()
+    for path in sorted(p for t in ('.', *TASK_NAMES) for p in (Path(folder)/t).glob('[FS]*.json')):
+        record = json.loads(path.read_text())
+        if differing(record['settings'], load_profile(record['profile'], record['changes'])):
+            old.setdefault(path.parent.name if path.parent != Path(folder) else '', []).append(path.stem)
+            if record['commit']: commits.add(record['commit'][:7])
     if not old: return ''
-    commits = ', '.join(sorted({records[f]['commit'][:7] for f in old if records[f]['commit']}))
-    return (
-        f'**The figures kept here are those of an earlier run** (commits {commits}), under another criterion and other '
-        'settings: a run of today gives others. They are replaced when the registered run is complete.'
-    )
+    which = [f'all figures of {t}' if t else ', '.join(figures) for t, figures in old.items()]
+    return (f"**Made with settings other than today's**: {'; '.join(which)} (commits {', '.join(sorted(commits))}). "
+            'The record of a figure has its settings; a run of today gives others.')
 
 # %% ../../nbs/6_running/13_gallery.ipynb #1acf0c7a
 def story(
