@@ -152,7 +152,7 @@ def gallery(
 STORY = (
     ('F2', 'Does SFT forget?', 'C1'),
     ('F1', 'Does RL heal?', 'C3b'),
-    ('F9', 'Is it the rotation of the singular vectors?', 'C6'),
+    ('S6', 'Is it the rotation of the singular vectors?', 'C6'),
     ('F10', 'Can it be undone by putting directions back?', 'C7a'),
 )
 
@@ -192,21 +192,16 @@ def story(
     folder,  # of the figures
     link: str = '../figures',
 ) -> str:
-    """The paper in a few figures: question, claim, verdict and the first sentence of what the figure says, computed
-    from its table; in Markdown."""
+    """The paper in a few figures, in Markdown: question, claim, and the verdict with what decided it; without a ledger,
+    the first sentence of what the figure says."""
     import pandas as pd
     folder, out = Path(folder), []
-    ledger = pd.read_csv(folder/'ledger.csv') if (folder/'ledger.csv').exists() else None
+    ledger = pd.read_csv(folder/'ledger.csv').fillna('') if (folder/'ledger.csv').exists() else None
     for figure, question, claim in STORY:
-        verdict = verdicts(figure, ledger)[claim].get(HOME, '') if ledger is not None else ''
-        first = re.split(r'(?<=[a-z\])%])\. (?=[A-Z])', reading(figure, pd.read_csv(folder / f'{figure}.csv')))[
-            0
-        ].rstrip('.')
-        out += [
-            f'**{question}** The paper ({claim}): {CLAIMS[claim].says}. '
-            + f'Here: {verdict}. ' * bool(verdict)
-            + first
-            + '.',
-            f'![{FIGURES[figure].title}]({link}/{figure}.png)',
-        ]
+        if ledger is None:
+            said = re.split(r'(?<=[a-z\])%])\. (?=[A-Z])', reading(figure, pd.read_csv(folder/f'{figure}.csv')))[0]
+        else:
+            row = ledger[(ledger.claim == claim) & (ledger.task == HOME)].iloc[0]
+            said = f'{row.verdict} ({row.why})' if row.why else row.verdict
+        out += [f"**{question}** {claim}: {said.rstrip('.')}.", f'![{FIGURES[figure].title}]({link}/{figure}.png)']
     return '\n\n'.join(out)

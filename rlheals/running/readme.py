@@ -77,29 +77,22 @@ def plain_words(
         return re.search(r'-?[\d.]+(?: %)? \[[^]]+\]', found[0])[0]
 
     text = f"""\
-- **What holds.** SFT forgets: OOD accuracy peaks after {n('C1', 'of training')} of training
-  and then falls by {n('C1', 'OOD accuracy, peak minus')} points, which format errors do not explain. RL restores
-  {n('C3b', 'within the tries')} points of that from later checkpoints, and
-  {n('C3c', 'at the first try')} at the first try; its best end lies
-  {n('C3a', 'best of RL')} above the peak, within the margin for "does not exceed". The
-  directions matter: SFT_End's singular vectors cost the best checkpoint
-  {n('C6', "the peak loses")} points and RL_End
-  {n('C8', 'lost')}; those of the best checkpoint, put back, recover
-  {n('C7a', 'by all directions')}, and a quarter of them
-  {n('C7a', 'recovered by a quarter')}. Random rotations of equal size cost far less and recover nothing.
-- **What does not.** ID accuracy does not go on rising: from the OOD peak to the end it changes by
-  {n('C1', 'last minus peak')} points. Advantages are skewed inside the window too.
-- **What is open, and what decides it.** *Rotation, or distance?* Directions from another seed's checkpoint restore as
-  much (difference {n('C7b', 'of another seed')}), and plain interpolation of the weights restores
-  more at equal ID accuracy (directions minus it: {n('C7b', 'interpolation')}). The
-  singular values hardly change, but no less than under noise of equal size. *RL, or any such update?* Moved as far as
-  by RL, further SFT ends {n('C12', 'further SFT')} points below RL, rejection
-  sampling only {n('C12', 'rejection')} and interpolation
-  {n('C12', 'interpolation')}. *A window?* Gains from the first and the last
-  start are not shown to be less than half of those between. *Revision?* RL gains only
-  {n('C11', 'in the window by revision')} more within the tries than at the first. *Losses?* Stopping at the lowest
-  test loss gives up {n('C2', 'test loss')} points, too uncertain among 15
-  claims."""
+- **What holds.** OOD accuracy, within five tries, peaks after {n('C1', 'of training')} of SFT and then falls by
+  {n('C1', 'OOD accuracy, peak minus')} points; format errors do not explain it. RL from later checkpoints restores
+  {n('C3b', 'within the tries')} of them, {n('C3c', 'at the first try')} at the first try, and ends at best
+  {n('C3a', 'best of RL')} above the peak, within the margin. SFT_End's singular vectors cost the best checkpoint
+  {n('C6', 'the peak loses')} points and RL_End {n('C8', 'lost')}; the best checkpoint's, put back, recover
+  {n('C7a', 'by all directions')}, a quarter of them {n('C7a', 'recovered by a quarter')}. Random rotations of equal
+  size do far less harm and recover nothing.
+- **What does not.** After the OOD peak, ID accuracy falls as well ({n('C1', 'last minus peak')}), and advantages are
+  skewed even where RL restores.
+- **What is open.** *Rotation?* Another seed's directions restore as much (difference {n('C7b', 'of another seed')}),
+  interpolated weights more at equal ID accuracy ({n('C7b', 'interpolation')}), and noise of equal size changes singular
+  values as little. *RL?* Moved equally far, further SFT ends {n('C12', 'further SFT')} points lower, but rejection
+  sampling only {n('C12', 'rejection')} and interpolation {n('C12', 'interpolation')}. *A window?* Gains from the first
+  and the last start are not surely smaller. *Revision?* RL gains only {n('C11', 'in the window by revision')} more
+  within the tries than at the first. *Losses?* Stopping at the lowest test loss gives up {n('C2', 'test loss')} points: too
+  uncertain."""
     return text.replace('\n  ', ' ')
 
 # %% ../../nbs/6_running/14_readme.ipynb #ff8f32fa
