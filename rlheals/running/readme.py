@@ -91,8 +91,8 @@ def plain_words(
   values as little. *RL?* Moved equally far, further SFT ends {n('C12', 'further SFT')} points lower, but rejection
   sampling only {n('C12', 'rejection')} and interpolation {n('C12', 'interpolation')}. *A window?* Gains from the first
   and the last start are not surely smaller. *Revision?* RL gains only {n('C11', 'in the window by revision')} more
-  within the tries than at the first. *Losses?* Stopping at the lowest test loss gives up {n('C2', 'test loss')} points: too
-  uncertain."""
+  within the tries than at the first. *Losses?* Stopping at the lowest test loss gives up {n('C2', 'test loss')} points:
+  too uncertain."""
     return text.replace('\n  ', ' ')
 
 # %% ../../nbs/6_running/14_readme.ipynb #ff8f32fa
