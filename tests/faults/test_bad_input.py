@@ -171,7 +171,7 @@ PLANS = [  # what cannot be planned, or does not fit
     (['--gpu', 'v100'], 'h100', 2),
     (['--profile', 'qwen2.5'], 'qwen2.5-7b', 2),
     (['--profile', 'llama3.2-11b', '--gpus', '1', '--gpu', 'h100'], 'lora.rank=16', 1),
-    (['--profile', 'qwen2.5-7b', '--gpus', '4', '--gpu', 'rtx4090'], '23.5 GiB, most of it activations', 1),
+    (['--profile', 'qwen2.5-7b', '--gpus', '4', '--gpu', 'rtx4090'], '23.5 GiB, most of it optimiser', 1),
     (['--set', 'model.name=nobody/nothing', '--gpu', 'h100'], 'its config.json is neither here nor on the hub', 2),
 ]
 
