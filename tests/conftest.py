@@ -58,14 +58,6 @@ def home(tmp_path_factory):
     return home
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items):
-    "Groups that pytest-xdist gives to one process each: a file with its fixtures, and all tests that share `home`."
-    for item in items:
-        group = 'home' if 'home' in getattr(item, 'fixturenames', ()) else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture
 def say(request):
     "Function that keeps a line for the end of the test run."

@@ -205,7 +205,8 @@ def test():
     from rlheals.core.environment import ROOT
     env = os.environ | dict(HF_HUB_OFFLINE='1')
     bin = Path(sys.executable).parent
-    parallel = ['-n', 'logical', '--maxprocesses', '4', '--dist', 'loadgroup']  # see tests/conftest.py for the groups
+    # a file goes to one process, which makes its fixtures once
+    parallel = ['-n', 'logical', '--maxprocesses', '4', '--dist', 'loadfile']
     commands = [
         [str(bin / 'nbdev_test'), '--n_workers', '2', '--do_print'],
         [sys.executable, '-m', 'pytest', 'tests', *parallel, '--durations', '25', '-m', 'not long and not hours'],
