@@ -208,7 +208,7 @@ def test():
     # a file goes to one process, which makes its fixtures once
     parallel = ['-n', 'logical', '--maxprocesses', '4', '--dist', 'loadfile']
     commands = [
-        [str(bin / 'nbdev_test'), '--n_workers', '2', '--do_print'],
+        [str(bin / 'nbdev_test'), '--n_workers', '2', '--do_print', '--timing'],
         [sys.executable, '-m', 'pytest', 'tests', *parallel, '--durations', '25', '-m', 'not long and not hours'],
     ]
     codes = [subprocess.run(c, cwd=ROOT, env=env).returncode for c in commands]
