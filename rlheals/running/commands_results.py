@@ -205,8 +205,9 @@ def test():
     from rlheals.core.environment import ROOT
     env = os.environ | dict(HF_HUB_OFFLINE='1')
     bin = Path(sys.executable).parent
-    # a file goes to one process, which makes its fixtures once
-    parallel = ['-n', 'logical', '--maxprocesses', '4', '--dist', 'loadfile']
+    # a file goes to one process, which makes its fixtures once; in the order of their names, because the chain's
+    # tests, the longest, are then among the first
+    parallel = ['-n', 'logical', '--maxprocesses', '4', '--dist', 'loadfile', '--no-loadscope-reorder']
     commands = [
         [str(bin / 'nbdev_test'), '--n_workers', '2', '--do_print', '--timing'],
         [sys.executable, '-m', 'pytest', 'tests', *parallel, '--durations', '25', '-m', 'not long and not hours'],
