@@ -203,7 +203,8 @@ def stage(
 def test():
     "Run the tests: those in the notebooks (nbdev_test), then those in tests/ (pytest)."
     from rlheals.core.environment import ROOT
-    env = os.environ | dict(HF_HUB_OFFLINE='1')
+    # threads that wait sleep: tests side by side have more of them than cores, and spinning takes ten times as long
+    env = os.environ | dict(HF_HUB_OFFLINE='1', OMP_WAIT_POLICY='passive')
     bin = Path(sys.executable).parent
     # a file goes to one process, which makes its fixtures once; in the order of their names, because the chain's
     # tests, the longest, are then among the first
