@@ -208,11 +208,14 @@ EARLIER = {
 
 
 def assert_settings(record, now, sections):
-    "The settings of a record are today's, except for those that have changed since."
-    from rlheals.running.gallery import differing
+    "The settings of a record are today's, except for those that have changed since; and the gallery says so."
+    from rlheals.running.gallery import differing, made_with
     then = {s: record['settings'][s] for s in sections}
     of_then = {f'{s}.{k}' for s, c in then.items() for k in c}  # a setting that came later had no other value then
-    assert set(differing(then, now)) & of_then <= EARLIER
+    if changed := differing(then, now):
+        note = made_with(ROOT/'figures')
+        assert note and note in (ROOT/'nbs'/'gallery.ipynb').read_text()
+        assert set(changed) & of_then <= EARLIER, set(changed) & of_then - EARLIER
 
 
 def test_the_gallery_says_what_was_made_with_other_settings():

@@ -17,7 +17,7 @@ def precedes(registered, ledger, committed):
     return [
         what for what, wrong in dict(
             rules=ledger['rules'] != registered['rules'],
-            seeds=seeds != {t: registered['seeds'][t] for t in seeds},
+            seeds=not seeds or seeds != {t: registered['seeds'][t] for t in seeds},
             settings=settings != known,
             date=datetime.fromisoformat(ledger['begun']) <= datetime.fromisoformat(committed),
         ).items() if wrong
@@ -49,6 +49,7 @@ def test_what_contradicts_a_registration_is_found():
     one = {k: dict(rank=v['rank']) for k, v in ledger.items() if k in ('seeds', 'settings')}
     assert precedes(registered, ledger | one, committed) == []
     assert precedes(registered, ledger | one | dict(seeds=dict(rank=[0])), committed) == ['seeds']
+    assert precedes(registered, ledger | dict(seeds={}, settings={}), committed) == ['seeds']
     other = json.loads(json.dumps(registered['settings']))
     other['rank']['rl']['updates'] = 7
     assert precedes(registered, ledger | dict(settings=other), committed) == ['settings']

@@ -7,10 +7,9 @@ __all__ = ['PARTS', 'STAGES', 'retell', 'explored', 'explorer_inputs', 'explore_
            'named', 'title_of']
 
 # %% ../../nbs/5_beyond/15_explorer_table.ipynb #63cd3132
-import json
 from functools import partial
 from pathlib import Path
-from ..core.files import complete
+from ..core.files import complete, write_record
 from ..tasks.protocol import Episode, Problem, Task, problem_set
 from ..training.computing import pick_device, set_up_torch
 from ..training.models import load_model
@@ -133,7 +132,7 @@ def publish_table(
     "Write a table in compressed form, with its record in a `.json` file beside it."
     path = Path(path)
     with complete(path) as tmp: table.to_parquet(tmp, index=False, compression='zstd', compression_level=19)
-    with complete(path.with_suffix('.json')) as tmp: tmp.write_text(json.dumps(record, indent=1, sort_keys=True) + '\n')
+    write_record(path.with_suffix('.json'), record)
 
 # %% ../../nbs/5_beyond/15_explorer_table.ipynb #9599b48b
 def open_tables(

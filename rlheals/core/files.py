@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUMS', 'Damaged', 'digest', 'record_of', 'sealed_in', 'incomplete', 'damaged', 'check', 'seal', 'complete', 'remove',
-           'record_outputs', 'damaged_outputs', 'unfinished', 'clear_unfinished', 'size', 'need_room']
+           'write_record', 'record_outputs', 'damaged_outputs', 'unfinished', 'clear_unfinished', 'size', 'need_room']
 
 # %% ../../nbs/0_core/01_files.ipynb #577f433d
 import hashlib, json, os, re, shutil, socket, uuid, zlib
@@ -124,6 +124,14 @@ def remove(path):
     path = Path(path)
     if path.is_dir(): shutil.rmtree(path)
     else: path.unlink(missing_ok=True); record_of(path).unlink(missing_ok=True)
+
+# %% ../../nbs/0_core/01_files.ipynb #52e3463b
+def write_record(
+    path,  # path of the JSON file
+    record: dict,
+):
+    "Write a record as JSON, complete or not at all; equal records give equal bytes."
+    with complete(path) as tmp: tmp.write_text(json.dumps(record, indent=1, sort_keys=True) + '\n')
 
 # %% ../../nbs/0_core/01_files.ipynb #29dae264
 def record_outputs(files) -> dict[str, str]:

@@ -8,11 +8,11 @@ __all__ = ['ID', 'OOD', 'SFT', 'RL', 'MUTED', 'TASK_NAMES', 'SPLITS', 'EDITS', '
            'save', 'split_by_task', 'kinds_shown', 'kept']
 
 # %% ../../nbs/4_results/01_style.ipynb #d74a50d7
-import functools, json
+import functools
 from pathlib import Path
 import numpy as np
 from ..core.environment import ROOT
-from ..core.files import complete, record_outputs
+from ..core.files import complete, record_outputs, write_record
 from ..analysis.statistics import summarise
 
 # %% ../../nbs/4_results/01_style.ipynb #205b96b2
@@ -232,7 +232,7 @@ def save(
         with complete(path('svg')) as tmp: fig.savefig(tmp, metadata=dict(Date=None, Creator=None), **room)
     with complete(path('csv')) as tmp: data.to_csv(tmp, index=False, float_format='%.6g', lineterminator='\n')
     record = provenance | dict(outputs=record_outputs(path(s) for s in ('png', 'svg', 'csv')))
-    with complete(path('json')) as tmp: tmp.write_text(json.dumps(record, indent=1, sort_keys=True) + '\n')
+    write_record(path('json'), record)
 
 # %% ../../nbs/4_results/01_style.ipynb #f57091e8
 def split_by_task(df) -> dict:

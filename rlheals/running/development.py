@@ -7,11 +7,10 @@ __all__ = ['FOLDER', 'preconditions', 'gains', 'side_by_side', 'choose_end', 'ch
            'compare_regimes']
 
 # %% ../../nbs/6_running/09_development.ipynb #99ae5069
-import json
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
-from ..core.files import complete
+from ..core.files import complete, write_record
 from ..core.environment import ROOT
 from ..training.runs import Run
 from ..analysis.statistics import interval, landmarks
@@ -175,7 +174,7 @@ def write_development(
     inputs = [f for r in runs for f in tables_of(r, ('rl_evaluation',))]
     record = provenance(run, inputs, {run.task_name: len(seeds)})
     record |= dict(seeds={run.task_name: list(seeds)}, sft_end=choose_end(e))
-    with complete(folder/f'{name}.json') as tmp: tmp.write_text(json.dumps(record, indent=1, sort_keys=True) + '\n')
+    write_record(folder/f'{name}.json', record)
     return folder/f'{name}.csv'
 
 # %% ../../nbs/6_running/09_development.ipynb #889c2156

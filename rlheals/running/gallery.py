@@ -176,14 +176,13 @@ def made_with(
 ) -> str:
     """A sentence on the figures kept in a folder, and in those of other tasks, that were made with settings other than
     today's: which, and at which commits. Empty if there are none."""
-    old, commits = {}, set()
-    for path in sorted(p for t in ('.', *TASK_NAMES) for p in (Path(folder)/t).glob('[FS]*.json')):
-        record = json.loads(path.read_text())
-        if differing(record['settings'], load_profile(record['profile'], record['changes'])):
-            old.setdefault(path.parent.name if path.parent != Path(folder) else '', []).append(path.stem)
-            if record['commit']: commits.add(record['commit'][:7])
-    if not old: return ''
-    which = [f'all figures of {t}' if t else ', '.join(figures) for t, figures in old.items()]
+    which, commits = [], set()
+    for task in ('', *TASK_NAMES):
+        records = {p.stem: json.loads(p.read_text()) for p in sorted((Path(folder)/task).glob('[FS]*.json'))}
+        old = {f: r for f, r in records.items() if differing(r['settings'], load_profile(r['profile'], r['changes']))}
+        if old: which.append(f'figures of {task}' if task else ', '.join(old))
+        commits |= {r['commit'][:7] for r in old.values() if r['commit']}
+    if not which: return ''
     return (f"**Made with settings other than today's**: {'; '.join(which)} (commits {', '.join(sorted(commits))}). "
             'The record of a figure has its settings; a run of today gives others.')
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 import numpy as np
-from ..core.files import complete, record_outputs
+from ..core.files import complete, record_outputs, write_record
 from ..tasks.protocol import TASKS
 from ..training.settings import TINY
 from ..training.runs import Run
@@ -219,7 +219,7 @@ def save_ledger(
     record['outputs'] = record_outputs(
         folder / name for name in ('ledger.csv', 'ledger_parts.csv', 'ledger.md', 'ledger.npz')
     )
-    with complete(folder/'ledger.json') as tmp: tmp.write_text(json.dumps(record, indent=1, sort_keys=True) + '\n')
+    write_record(folder/'ledger.json', record)
     return folder
 
 # %% ../../nbs/6_running/11_ledger.ipynb #4f4ce0f0

@@ -175,6 +175,14 @@ def _activations(s, rows, tokens, L, c, width, fused):
     layer, used = rows * tokens * _kept(s, L, width, fused), s.layers - s.skipped
     if not c['scale']['gradient_checkpointing']: return (used + 2) * layer
     return used * rows * tokens * s.hidden * width + 3 * layer
+# the same where what all rows begin with, `shared` tokens, is read once, and only answers have logits
+def _reading(s, rows, shared, L, answer, c, width, fused):
+    return (
+        _activations(s, rows, L - shared, L, c, width, fused)
+        + _activations(s, 1, shared, shared, c, width, fused)
+        + (s.layers - s.skipped) * rows * shared * 2 * (s.heads + s.kv_heads) * s.head_dim * width
+        + LOGITS * rows * answer * s.vocab * 4
+    )
 
 # %% ../../nbs/6_running/03_memory.ipynb #ad5ec3d1
 def estimate_memory(
@@ -233,12 +241,7 @@ def estimate_memory(
             )
             # one process computes what all prompts begin with once, unless activations are computed twice
             shared = 0 if devices > 1 or c['scale']['gradient_checkpointing'] else n.shared
-            out['activations'] = (
-                _activations(s, rows, L - shared, L, c, width, gpu)
-                + _activations(s, 1, shared, shared, c, width, gpu)
-                + used * rows * shared * 2 * (s.heads + s.kv_heads) * s.head_dim * width
-                + LOGITS * rows * n.answer * s.vocab * 4
-            )
+            out['activations'] = _reading(s, rows, shared, L, n.answer, c, width, gpu)
             if stage == 'baselines': out['cache'] = sampling(r['envs'])  # every process samples all of them
         elif stage == 'grpo':
             # on a GPU fewer at a time if memory runs out
@@ -253,12 +256,7 @@ def estimate_memory(
             if r['log_kl']: out['start'] = s.parameters * b / shards
             rows, L = min(r['micro_batch'], -(-r['minibatch'] // devices)), context + new
             shared = 0 if c['scale']['gradient_checkpointing'] else n.shared  # see `logprobs_and_values`
-            out['activations'] = (
-                _activations(s, rows, L - shared, L, c, width, gpu)
-                + _activations(s, 1, shared, shared, c, width, gpu)
-                + used * rows * shared * 2 * (s.heads + s.kv_heads) * s.head_dim * width
-                + LOGITS * rows * new * s.vocab * 4
-            )
+            out['activations'] = _reading(s, rows, shared, L, new, c, width, gpu)
             out['cache'] = (
                 sampling(-(-r['envs'] // devices)) if r['engine'] != 'vllm' else max(0.3 * room, 2 * s.parameters)
             )

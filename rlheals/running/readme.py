@@ -80,19 +80,19 @@ def plain_words(
 - **What holds.** OOD accuracy, within five tries, peaks after {n('C1', 'of training')} of SFT and then falls by
   {n('C1', 'OOD accuracy, peak minus')} points; format errors do not explain it. RL from later checkpoints restores
   {n('C3b', 'within the tries')} of them, {n('C3c', 'at the first try')} at the first try, and ends at best
-  {n('C3a', 'best of RL')} above the peak, within the margin. SFT_End's singular vectors cost the best checkpoint
-  {n('C6', 'the peak loses')} points and RL_End {n('C8', 'lost')}; the best checkpoint's, put back, recover
-  {n('C7a', 'by all directions')}, a quarter of them {n('C7a', 'recovered by a quarter')}. Random rotations of equal
-  size do far less harm and recover nothing.
-- **What does not.** After the OOD peak, ID accuracy falls as well ({n('C1', 'last minus peak')}), and advantages are
-  skewed even where RL restores.
-- **What is open.** *Rotation?* Another seed's directions restore as much (difference {n('C7b', 'of another seed')}),
-  interpolated weights more at equal ID accuracy ({n('C7b', 'interpolation')}), and noise of equal size changes singular
-  values as little. *RL?* Moved equally far, further SFT ends {n('C12', 'further SFT')} points lower, but rejection
-  sampling only {n('C12', 'rejection')} and interpolation {n('C12', 'interpolation')}. *A window?* Gains from the first
-  and the last start are not surely smaller. *Revision?* RL gains only {n('C11', 'in the window by revision')} more
-  within the tries than at the first. *Losses?* Stopping at the lowest test loss gives up {n('C2', 'test loss')} points:
-  too uncertain."""
+  {n('C3a', 'best of RL')} above the peak, within the margin registered for that. SFT_End's singular vectors cost
+  the best checkpoint {n('C6', 'the peak loses')} points and RL_End {n('C8', 'lost')}; the best checkpoint's, put
+  back, recover {n('C7a', 'by all directions')}, a quarter of them {n('C7a', 'recovered by a quarter')}. Random
+  rotations of equal size do far less harm and recover nothing.
+- **What does not.** After the OOD peak, ID accuracy falls as well ({n('C1', 'last minus peak')}), and advantages
+  are skewed even where RL restores.
+- **What is open.** *Rotation?* Another seed's directions restore as much (own minus theirs:
+  {n('C7b', 'of another seed')}), and interpolated weights more at equal ID accuracy (directions minus these:
+  {n('C7b', 'interpolation')}); noise of equal size changes singular values as little. *RL?* Moved equally far,
+  further SFT ends {n('C12', 'further SFT')} points lower, but rejection sampling only {n('C12', 'rejection')} and
+  interpolation {n('C12', 'interpolation')}. *A window?* Gains from the first and the last start are not surely
+  smaller. *Revision?* RL gains only {n('C11', 'in the window by revision')} more within the tries than at the
+  first. *Losses?* Stopping at the lowest test loss gives up {n('C2', 'test loss')} points: too uncertain."""
     return text.replace('\n  ', ' ')
 
 # %% ../../nbs/6_running/14_readme.ipynb #ff8f32fa

@@ -10,7 +10,7 @@ __all__ = ['write_contest', 'save_s7', 'write_factorial', 'write_registration', 
 import json
 from dataclasses import replace
 from pathlib import Path
-from ..core.files import complete, damaged_outputs, digest, record_outputs
+from ..core.files import complete, damaged_outputs, digest, record_outputs, write_record
 from ..core.environment import ROOT
 from ..training.runs import DEVELOPMENT, Run
 from ..beyond.forgetting_runs import contest_table, variant_file
@@ -25,6 +25,12 @@ from ..results.shared_hands import by_hand
 from .tables import load_tables, provenance, tables_of
 from .development import FOLDER, check_splits
 
+# %% ../../nbs/6_running/10_studies.ipynb #18403c3e
+def _write(table, path, record):  # a table, and beside it its record with its checksum; returns the path of the table
+    with complete(path) as tmp: table.to_csv(tmp, index=False, float_format='%.6g', lineterminator='\n')
+    write_record(path.with_suffix('.json'), record | dict(outputs=record_outputs([path])))
+    return path
+
 # %% ../../nbs/6_running/10_studies.ipynb #7b14a02f
 def write_contest(
     runs: dict,  # variant -> its run, from `contest_runs`
@@ -37,16 +43,14 @@ def write_contest(
     is missing, damaged or of another variant."""
     from importlib.metadata import version
     table, path = contest_table(runs), Path(folder)/'forgetting.csv'
-    with complete(path) as tmp: table.to_csv(tmp, index=False, float_format='%.6g', lineterminator='\n')
     profile, seeds = Run(next(iter(runs.values())).profile), sorted({v.seed for v in runs})
     record = provenance(profile, [], {profile.task_name: len(seeds)}) | dict(
         seeds={profile.task_name: seeds}, inputs=record_outputs(variant_file(v, r) for v, r in runs.items()),
         runs={v.name: dict(profile=r.profile, changes=[*r.changes], seed=v.seed, method=v.method)
-              for v, r in runs.items()}, outputs=record_outputs([path]),
+              for v, r in runs.items()},
     )
     record['libraries']['peft'] = version('peft')  # makes the runs of two of the families
-    with complete(path.with_suffix('.json')) as tmp: tmp.write_text(json.dumps(record, indent=1, sort_keys=True) + '\n')
-    return path
+    return _write(table, path, record)
 
 # %% ../../nbs/6_running/10_studies.ipynb #2db3bce4
 def save_s7(
@@ -92,7 +96,7 @@ def write_registration(
             raise ValueError(f'{path} registers other {", ".join(wrong)}: keep it, or delete it and all that was run '
                              'under it')
         return path
-    with complete(path) as tmp: tmp.write_text(json.dumps(now, indent=1, sort_keys=True) + '\n')
+    write_record(path, now)
     return path
 
 # %% ../../nbs/6_running/10_studies.ipynb #ddfa8993
@@ -110,8 +114,7 @@ def write_confirmation(
     record = provenance(run, cells, {run.task_name: len(seeds)}) | dict(
         seeds={run.task_name: seeds}, primary=judged(table, said), verdict=verdict(table, said),
         registration=record_outputs([folder/REGISTERED]), outputs=record_outputs(paths))
-    text = json.dumps(record, indent=1, sort_keys=True) + '\n'
-    with complete(folder/'confirmation.json') as tmp: tmp.write_text(text)
+    write_record(folder/'confirmation.json', record)
     return paths[0]
 
 # %% ../../nbs/6_running/10_studies.ipynb #ad6ae10e
@@ -129,17 +132,13 @@ def write_search(
         how = f'rlheals.beyond.real_model.search({str(search)!r})'
         raise FileNotFoundError(f'not tried yet: {"; ".join(lack)}: run {how}')
     table = pd.concat([run.load('candidate').assign(candidate=name) for name, run in runs.items()], ignore_index=True)
-    path = Path(folder)/'real_model.csv'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with complete(path) as tmp: table.to_csv(tmp, index=False, float_format='%.6g', lineterminator='\n')
     tasks = sorted({run.task_name for run in runs.values()})
     record = provenance(Run(profile, changes), [], dict.fromkeys(tasks, 1)) | dict(
         seeds=dict.fromkeys(tasks, [DEVELOPMENT]),
         runs={name: dict(task=run.task_name, changes=[*run.changes]) for name, run in runs.items()},
-        inputs={name: digest(run.table('candidate')) for name, run in runs.items()}, outputs=record_outputs([path]),
+        inputs={name: digest(run.table('candidate')) for name, run in runs.items()},
     )
-    with complete(path.with_suffix('.json')) as tmp: tmp.write_text(json.dumps(record, indent=1, sort_keys=True) + '\n')
-    return path
+    return _write(table, Path(folder)/'real_model.csv', record)
 
 # %% ../../nbs/6_running/10_studies.ipynb #38552ee6
 def write_shared_hands(
@@ -149,10 +148,6 @@ def write_shared_hands(
 ):
     "Write `shared_hands.csv`, errors clustered by hand, and its provenance; return the path of the first."
     runs, names = [replace(run, seed=run.first_seed + s) for s in range(seeds)], ('rl_evaluation',)
-    table, path = by_hand(load_tables(runs, names)['rl_evaluation'], run.task()), Path(folder)/'shared_hands.csv'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with complete(path) as tmp: table.to_csv(tmp, index=False, float_format='%.6g', lineterminator='\n')
+    table = by_hand(load_tables(runs, names)['rl_evaluation'], run.task())
     record = provenance(run, [f for r in runs for f in tables_of(r, names)], {run.task_name: seeds})
-    record |= dict(outputs=record_outputs([path]))
-    with complete(path.with_suffix('.json')) as tmp: tmp.write_text(json.dumps(record, indent=1, sort_keys=True) + '\n')
-    return path
+    return _write(table, Path(folder)/'shared_hands.csv', record)
