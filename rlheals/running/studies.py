@@ -19,7 +19,7 @@ from ..beyond.factorial import SEEDS, factorial_table
 from ..beyond.when_rl_heals import s8
 from ..beyond.confirmation import (REGISTERED, compared, confirmation_table, contradictions, judged, registered,
                                          registration, verdict)
-from ..beyond.real_model import CANDIDATES, candidate_run
+from ..beyond.real_model import CANDIDATES, candidate_run, joined, next_candidate
 from ..results.style import save
 from ..results.shared_hands import by_hand
 from .tables import load_tables, provenance, tables_of
@@ -126,19 +126,18 @@ def write_search(
 ):
     """Write `real_model.csv`, all candidates of the search, and `real_model.json`, their provenance; return the path of
     the first. Raises `FileNotFoundError` if a candidate has not been tried."""
-    import pandas as pd
     runs = {name: candidate_run(name, search, profile, changes) for name in CANDIDATES}
-    if lack := [name for name, run in runs.items() if not run.table('candidate').exists()]:
-        how = f'rlheals.beyond.real_model.search({str(search)!r})'
-        raise FileNotFoundError(f'not tried yet: {"; ".join(lack)}: run {how}')
-    table = pd.concat([run.load('candidate').assign(candidate=name) for name, run in runs.items()], ignore_index=True)
+    runs = {name: run for name, run in runs.items() if run.table('candidate').exists()}
+    tables = {name: run.load('candidate') for name, run in runs.items()}
+    if lacks := next_candidate(tables):
+        raise FileNotFoundError(f'not tried yet: {lacks}: run rlheals.beyond.real_model.search({str(search)!r})')
     tasks = sorted({run.task_name for run in runs.values()})
     record = provenance(Run(profile, changes), [], dict.fromkeys(tasks, 1)) | dict(
         seeds=dict.fromkeys(tasks, [DEVELOPMENT]),
         runs={name: dict(task=run.task_name, changes=[*run.changes]) for name, run in runs.items()},
         inputs={name: digest(run.table('candidate')) for name, run in runs.items()},
     )
-    return _write(table, Path(folder)/'real_model.csv', record)
+    return _write(joined(tables), Path(folder)/'real_model.csv', record)
 
 # %% ../../nbs/6_running/10_studies.ipynb #38552ee6
 def write_shared_hands(

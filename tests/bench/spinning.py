@@ -1,9 +1,11 @@
-"""How long PyTorch's waiting threads should keep their core: python tests/bench/spinning.py prints the seconds of two
-SFT steps of the tiny model's size with two threads, on an idle machine and beside other work, for three settings."""
+"""How long PyTorch's waiting threads should keep their core: python tests/bench/spinning.py prints the seconds of
+20 steps of SFT of the tiny model with two threads, on an idle machine and beside other work, for three settings."""
 import os, statistics, subprocess, sys, time
 from rlheals.core.environment import SPINS
 
-SETTINGS = {'the default': {}, 'as jobs have it': dict(GOMP_SPINCOUNT=SPINS), 'sleeping at once': dict(OMP_WAIT_POLICY='passive')}
+SETTINGS = {
+    'the default': {}, 'as jobs have it': dict(GOMP_SPINCOUNT=SPINS), 'sleeping at once': dict(OMP_WAIT_POLICY='passive'),
+}
 TRAIN = """
 import time, warnings; warnings.filterwarnings('ignore')
 from rlheals.training.computing import set_up_torch
