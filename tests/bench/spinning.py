@@ -1,10 +1,12 @@
 """How long PyTorch's waiting threads should keep their core: python tests/bench/spinning.py prints the seconds of
 20 steps of SFT of the tiny model with two threads, on an idle machine and beside other work, for three settings."""
-import os, statistics, subprocess, sys, time
+import os, statistics, subprocess, sys
 from rlheals.core.environment import SPINS
 
 SETTINGS = {
-    'the default': {}, 'as jobs have it': dict(GOMP_SPINCOUNT=SPINS), 'sleeping at once': dict(OMP_WAIT_POLICY='passive'),
+    'the default': {},
+    'as jobs have it': dict(GOMP_SPINCOUNT=SPINS),
+    'sleeping at once': dict(OMP_WAIT_POLICY='passive'),
 }
 TRAIN = """
 import time, warnings; warnings.filterwarnings('ignore')
