@@ -84,6 +84,8 @@ class Costs:
         again, n = sum(self.open[1:]), self.lengths
         before = sum(k * p for k, p in enumerate(self.open)) / sum(self.open)  # answers before an answer, on average
         self.context = n.prompt + before * (n.answer + n.followup)  # tokens before an answer
+        # tokens that all prompts begin with and that training reads once: not if layers are computed anew for gradients
+        self.once = 0 if c['scale']['gradient_checkpointing'] else n.shared
         # of which the model still has to read, if keys and values are kept from try to try
         self.unread = (n.prompt - n.shared + again * n.followup) / (1 + again)
 
@@ -136,7 +138,7 @@ def _base(k, job): return k.train(k.config['base']['steps'] * 64 * k.pair)  # do
 def _sft(k, job):
     c = k.config['sft']
     losses = len(c['checkpoints']) * 3 * c['test_examples']  # test losses at each checkpoint
-    each = k.pair - (k.lengths.shared if k.devices == 1 else 0)  # one process reads what all prompts begin with once
+    each = k.pair - (k.once if k.devices == 1 else 0)  # several processes share a pass as the Trainer makes it
     return k.train(c['max_steps'] * c['batch_size'] * each) + k.score(losses * each)
 
 # %% ../../nbs/6_running/04_duration.ipynb #bd202817
@@ -148,7 +150,7 @@ def _rl(k, job):
     read = (k.context - k.lengths.shared + (c['turns'] - 1) * k.unread) / c['turns']
     sampling = c['updates'] * c['turns'] * k.sample(c['envs'], read, k.devices)
     scoring = answers * (k.context + k.lengths.answer) * 1.25  # under the policy, and a quarter of them under its start
-    trained = answers * c['epochs'] * (k.context - k.lengths.shared + k.lengths.answer)
+    trained = answers * c['epochs'] * (k.context - k.once + k.lengths.answer)
     return sampling + k.score(scoring) + k.train(trained)
 
 # %% ../../nbs/6_running/04_duration.ipynb #a17353c3
