@@ -22,7 +22,7 @@ class ChainError(RuntimeError):
     "A stage failed or the chain cannot start; the message says why and names the log."
 
 # %% ../../nbs/0_core/06_environment.ipynb #7080f3e2
-SPINS = '1000'  # rounds for which a thread waits before it sleeps; GNU's default is 300000
+SPINS = '2000'  # rounds for which a thread waits before it sleeps; GNU's default is 300000
 
 
 # %% ../../nbs/0_core/06_environment.ipynb #76e07d3f
