@@ -186,7 +186,7 @@ def plan(
 def _plan_tables(run, device, n, on_gpu, console):
     from rich.table import Table
     from rlheals.core.files import size
-    from rlheals.running.duration import STAGES, disk_of, seconds_of
+    from rlheals.running.duration import STAGES, disk_of, seconds_of, this_device, threads_of
     from rlheals.running.memory import MEASURED, estimate_memory
     peaks = {s: estimate_memory(run, s, n, on_gpu, device.memory) for s in MEASURED}
     parts = list(dict.fromkeys(k for f in peaks.values() for k in f.parts))
@@ -205,7 +205,8 @@ def _plan_tables(run, device, n, on_gpu, console):
     console.print('\nTime and disk, for one task and seed')
     table, total = Table('stage', 'time', 'disk'), 0.
     for s in STAGES:
-        took, disk = seconds_of(run, s, device, run.processes(s), on_gpu), disk_of(run, s)
+        by = device if on_gpu else this_device(threads_of(run, s))[0]
+        took, disk = seconds_of(run, s, by, run.processes(s), on_gpu), disk_of(run, s)
         total += took
         table.add_row(s, _about(took), size(disk) if disk else '')
     table.add_row('total', _about(total), size(sum(disk_of(run, s) for s in STAGES)))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Device', 'GPUS', 'REACHED', 'SVD', 'LAUNCH', 'ELEMENTWISE', 'COSTS', 'STAGES', 'this_cpu', 'this_device', 'Costs',
-           'jobs_of', 'seconds_of', 'disk_of', 'plan_for']
+           'jobs_of', 'threads_of', 'seconds_of', 'disk_of', 'plan_for']
 
 # %% ../../nbs/6_running/04_duration.ipynb #b9ae7271
 from collections import namedtuple
@@ -32,12 +32,17 @@ GPUS = dict(
 REACHED = .35  # share of a device's operations reached in training
 
 # %% ../../nbs/6_running/04_duration.ipynb #95ced1ea
-def this_cpu() -> Device:
+@lru_cache
+def this_cpu(
+    threads: int = 0,  # that compute (0: as many as torch would use)
+) -> Device:
     "Measure how fast this machine's CPU multiplies and copies matrices."
     import time, torch
-    a, b = torch.randn(1024, 1024), torch.ones(2**25)  # the second is larger than any cache
+    a, b, usual = torch.randn(1024, 1024), torch.ones(2**25), torch.get_num_threads()  # b is larger than any cache
     def best(f): return min(_took(f, time) for _ in range(4))
-    return Device(memory(), 2 * 1024**3 / best(lambda: a @ a) / REACHED, 2 * b.nbytes / best(b.clone))
+    torch.set_num_threads(threads or usual)
+    try: return Device(memory(), 2 * 1024**3 / best(lambda: a @ a) / REACHED, 2 * b.nbytes / best(b.clone))
+    finally: torch.set_num_threads(usual)
 
 # %% ../../nbs/6_running/04_duration.ipynb #fa1a2529
 def _took(f, time):
@@ -46,11 +51,12 @@ def _took(f, time):
     return time.perf_counter() - start
 
 # %% ../../nbs/6_running/04_duration.ipynb #d5963fb9
-@lru_cache(maxsize=1)
-def this_device() -> tuple[Device, int]:
+def this_device(
+    threads: int = 0,  # that compute, on a CPU (0: as many as torch would use)
+) -> tuple[Device, int]:
     "The device of this machine: (one of its GPUs, their number), or (its CPU, 0)."
     from rlheals.training.computing import pick_device
-    if pick_device('auto') != 'cuda': return this_cpu(), 0
+    if pick_device('auto') != 'cuda': return this_cpu(threads), 0
     import torch
     found = torch.cuda.get_device_name().lower().replace(' ', '')
     return next((d for n, d in GPUS.items() if n in found), GPUS['a100'])._replace(
@@ -221,6 +227,15 @@ def jobs_of(
     if stage == 'evaluate': return [name for s in ('sft', 'rl', 'grpo') for name in evaluation_parts(run, s)]
     if stage == 'surgery': return [f'surgery-{sweep}' for sweep in ('rank', 'layers', 'impose', 'peak')]
     return [stage]
+
+# %% ../../nbs/6_running/04_duration.ipynb #fb3c1439
+def threads_of(
+    run: Run,  # run with the settings
+    stage: str,  # name of a stage
+) -> int:
+    "The threads with which a job of a stage computes on a CPU."
+    section = dict(evaluate='eval', condition='conditions').get(stage, stage)
+    return run.config.get(section, {}).get('threads', 1)
 
 # %% ../../nbs/6_running/04_duration.ipynb #0e9f9aa9
 def seconds_of(

@@ -15,7 +15,7 @@ from ..core.files import complete
 from ..core.environment import PAPER, ChainError, job_environment
 from ..training.models import is_weights
 from ..training.runs import Run
-from .duration import COSTS, seconds_of, this_device
+from .duration import COSTS, seconds_of, this_device, threads_of
 from .locking import queue_name
 
 # %% ../../nbs/6_running/07_plan.ipynb #6af2f46b
@@ -208,7 +208,8 @@ def seconds(job: Job, run: Run) -> float:
     "A rough estimate of the time of a job, in seconds."
     start = STARTS.get(job.rule, 2)
     if job.rule not in COSTS: return start
-    (device, gpus), here = this_device(), replace(run, task_name=job.task) if job.task else run
+    here = replace(run, task_name=job.task) if job.task else run
+    device, gpus = this_device(threads_of(here, job.rule))
     return start + seconds_of(here, job.rule, device, run.processes(job.rule), gpus > 0, job.name)
 
 # %% ../../nbs/6_running/07_plan.ipynb #4ae9023f
@@ -217,6 +218,5 @@ def makespan(jobs: list[Job], run: Run, cores: int) -> float:
 
     Pretraining and SFT run alone, other jobs side by side as far as their threads allow."""
     first = sum(seconds(j, run) for j in jobs if j.rule in ('base', 'sft'))
-    sections = dict(evaluate='eval', condition='conditions')
-    threads = lambda j: run.config.get(sections.get(j.rule, j.rule), {}).get('threads', 1)
-    return first + sum(seconds(j, run) * min(threads(j), cores) for j in jobs if j.rule not in ('base', 'sft')) / cores
+    beside = [j for j in jobs if j.rule not in ('base', 'sft')]
+    return first + sum(seconds(j, run) * min(threads_of(run, j.rule), cores) for j in beside) / cores
