@@ -24,7 +24,7 @@ from ..training.runs import Run
 from .tables import HOME, figures_dir, rl_files, sft_files, variants
 from .locking import MARK, cancel_jobs, check_executor, end_workers, lock_run, terminable
 from .checks import check_machine, discard, drop_shards, find_damaged
-from .plan import ASKS, makespan, plan, progress_file, seconds, snakemake
+from .plan import ASKS, core_seconds, plan, progress_file, snakemake
 
 # %% ../../nbs/6_running/08_workflow.ipynb #659a471e
 def _failures(run, base, since):  # the errors at the end of the logs of failed jobs
@@ -169,9 +169,10 @@ def _work(run, seeds, jobs, targets, tasks, todo, start, say, live, executor, ke
     base, folder = run.dir, run.dir/'.progress'
     folder.mkdir(exist_ok=True)
     for old in folder.glob('*'): old.unlink()
-    log, cost = base/'snakemake.log', {j: seconds(j, run) for j in todo}
+    cores = jobs if executor == 'local' else 1  # jobs in a queue take no cores from each other
+    log, cost = base/'snakemake.log', {j: core_seconds(j, run, cores) for j in todo}
     if executor == 'local':
-        say(f'{len(todo)} jobs, about {clock(makespan(todo, run, jobs))} (minutes:seconds) on {jobs} cores like these')
+        say(f'{len(todo)} jobs, about {clock(sum(cost.values()) / jobs)} (minutes:seconds) on {jobs} cores like these')
     if executor == 'slurm': (base/'.queue').touch()
     environment = os.environ | job_environment(base) | {'RLHEALS_PROGRESS': str(folder), MARK: str(base)}
     with log.open('w') as out, _prefork(todo, environment, executor) as found:
