@@ -28,7 +28,8 @@ BUSY = 'while True: pass'  # a program with one thread
 def train(environment, steps):
     "Start a training with two threads, and return the process."
     env = {k: v for k, v in os.environ.items() if k not in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')}
-    return subprocess.Popen([sys.executable, '-c', TRAIN, str(steps)], env=env | environment, stdout=subprocess.PIPE, text=True)
+    words = [sys.executable, '-c', TRAIN, str(steps)]
+    return subprocess.Popen(words, env=env | environment, stdout=subprocess.PIPE, text=True)
 
 
 def seconds(environment, beside):
