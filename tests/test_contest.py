@@ -7,7 +7,7 @@ from rlheals.core.files import Damaged
 from rlheals.beyond import forgetting_runs
 from rlheals.beyond.forgetting_runs import Variant, contest_runs, measure_variant, run_contest, variant_run
 from rlheals.beyond.what_predicts_forgetting import paths
-from rlheals.running.studies import write_contest
+from rlheals.running.studies import continue_contest, save_s7, write_contest
 
 FEW = [Variant('plain-rate', rate=.5), Variant('lora', 'lora-4'), Variant('osf', 'osf-0.5')]
 
@@ -73,11 +73,20 @@ def test_published_seeds_and_problems_are_refused_before_anything_is_trained(tmp
     assert made == [] and not [*tmp_path.glob('*.parquet')]
 
 
-def test_nothing_is_written_while_a_run_is_missing(tmp_path, made):
-    run_contest(tmp_path, FEW[:2])
-    with pytest.raises(ValueError, match=f'{FEW[2].name}.parquet is missing: run the contest again'):
-        write_contest(contest_runs(tmp_path, FEW), tmp_path)
-    assert not [*tmp_path.glob('forgetting.*')]
+def test_nothing_is_judged_while_a_run_is_missing_and_another_clone_goes_on(tmp_path, made):
+    here, there, figures = tmp_path/'here', tmp_path/'there', tmp_path/'figures'
+    with pytest.raises(ValueError, match='no run of the contest has been made'):
+        write_contest(contest_runs(here, FEW), figures)
+    run_contest(here, FEW[:2])
+    write_contest(contest_runs(here, FEW), figures)
+    with pytest.raises(ValueError, match='2 of 3 runs of the contest have been made'): save_s7(figures)
+    assert not [*figures.glob('S7.*')]
+    made.clear()
+    assert continue_contest(contest_runs(there, FEW), figures) == 2
+    assert len(run_contest(there, FEW)) and made == [FEW[2].name]
+    (figures/'forgetting.csv').write_text((figures/'forgetting.csv').read_text().replace('0.5', '0.6'))
+    with pytest.raises(ValueError, match='forgetting.csv differs from its record'):
+        continue_contest(contest_runs(tmp_path/'elsewhere', FEW), figures)
 
 
 def test_the_analysis_reads_what_a_run_measures_and_refuses_less(tmp_path):

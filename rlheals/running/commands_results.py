@@ -207,9 +207,8 @@ def test():
     env = os.environ | dict(HF_HUB_OFFLINE='1', OMP_WAIT_POLICY='passive')
     bin = Path(sys.executable).parent
     # a file goes to one process, which makes its fixtures once; in the order of their names, because the chain's
-    # tests, the longest, are then among the first; one process more than cores, because many tests wait for others
-    processes = min((os.cpu_count() or 1) + 1, 4)
-    parallel = ['-n', str(processes), '--dist', 'loadfile', '--no-loadscope-reorder']
+    # tests, the longest, are then among the first
+    parallel = ['-n', 'logical', '--maxprocesses', '4', '--dist', 'loadfile', '--no-loadscope-reorder']
     commands = [
         [str(bin / 'nbdev_test'), '--n_workers', '2', '--do_print', '--timing'],
         [sys.executable, '-m', 'pytest', 'tests', *parallel, '--durations', '25', '-m', 'not long and not hours'],

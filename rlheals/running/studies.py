@@ -14,7 +14,7 @@ import numpy as np
 from ..core.files import complete, damaged_outputs, digest, record_outputs, write_record
 from ..core.environment import ROOT
 from ..training.runs import DEVELOPMENT, Run
-from ..beyond.forgetting_runs import contest_table, variant_file
+from ..beyond.forgetting_runs import contest_table, contest_variants, variant_file
 from ..beyond.what_predicts_forgetting import s7
 from ..beyond.factorial import SEEDS, factorial_table
 from ..beyond.when_rl_heals import s8
@@ -97,9 +97,9 @@ def save_s7(
     folder=FOLDER,  # with `forgetting.csv` and `forgetting.json`
 ):
     """Draw S7 from the table of the contest, and save it beside; `ValueError` if the table differs from its record, or
-    before all runs have been made: who looks earlier could stop when it suits him."""
+    before all runs have been made, because who looks earlier could choose when to stop."""
     table, record = _kept_contest(folder)
-    if (made := len(record['runs'])) < (planned := record.get('planned', 1)):
+    if (made := len(record['runs'])) < (planned := record.get('planned', len(contest_variants()))):
         raise ValueError(f'{made} of {planned} runs of the contest have been made: S7 is drawn when all have, see '
                          '`continue_contest`')
     picture, data = s7(dict(forgetting=table))
