@@ -39,7 +39,6 @@ _SETTINGS = {  # name -> task and its options
 CANDIDATES = {f'{name}, {style}': (task, f'task.style={style}', *options)
               for style in ('brief', 'paper') for name, (task, *options) in _SETTINGS.items()}
 
-
 # %% ../../nbs/5_beyond/23_real_model.ipynb #0d5d36d6
 STEPS = (0, 8, 25, 50, 100)
 def candidate_run(
@@ -114,7 +113,6 @@ def next_candidate(
     best = choose_candidate(joined({name: tables[name] for name in brief})).candidate[0]
     return None if (other := best.replace(', brief', ', paper')) in tables else other
 
-
 # %% ../../nbs/5_beyond/23_real_model.ipynb #d3456437
 def joined(
     tables: dict,  # name of a candidate -> its table, from `try_candidate`
@@ -122,7 +120,6 @@ def joined(
     "All candidates as one table."
     import pandas as pd
     return pd.concat([t.assign(candidate=name) for name, t in tables.items()], ignore_index=True)
-
 
 # %% ../../nbs/5_beyond/23_real_model.ipynb #695123cf
 def search(
@@ -137,4 +134,3 @@ def search(
         tables[name] = try_candidate(candidate_run(name, folder, profile, changes))
         progress(f'{len(tables)}: {name}')
     return joined(tables)
-

@@ -24,7 +24,6 @@ class ChainError(RuntimeError):
 # %% ../../nbs/0_core/06_environment.ipynb #7080f3e2
 SPINS = '2000'  # rounds for which a thread waits before it sleeps; GNU's default is 300000
 
-
 # %% ../../nbs/0_core/06_environment.ipynb #76e07d3f
 def _writable(folder):  # whether files can be created there
     try:

@@ -148,7 +148,6 @@ def check_splits(
     if run.first_seed: return
     raise ValueError("eval.splits=id,ood looks at the test problems: choose settings with --set eval.splits=id,ood_dev")
 
-
 # %% ../../nbs/6_running/09_development.ipynb #65dbb387
 def write_development(
     run: Run,  # development run, with `eval.splits=id,ood_dev`

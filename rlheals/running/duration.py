@@ -17,7 +17,7 @@ from ..analysis.evaluation import evaluation_parts
 from ..analysis.surgery import surgery_plan
 from ..beyond.baselines import baseline_plan, budget
 from ..beyond.conditions import CONDITIONS, condition_run, made_already
-from .memory import half, lengths, shape, shape_of
+from .memory import half, lengths, read_once, shape, shape_of
 
 # %% ../../nbs/6_running/04_duration.ipynb #f48d6ac2
 # bytes; operations and bytes per second, by its specification (dense bfloat16)
@@ -32,7 +32,6 @@ GPUS = dict(
 REACHED = .35  # share of a device's operations reached in training
 
 # %% ../../nbs/6_running/04_duration.ipynb #95ced1ea
-@lru_cache
 def this_cpu(
     threads: int = 0,  # that compute (0: as many as torch would use)
 ) -> Device:
@@ -51,6 +50,7 @@ def _took(f, time):
     return time.perf_counter() - start
 
 # %% ../../nbs/6_running/04_duration.ipynb #d5963fb9
+@lru_cache
 def this_device(
     threads: int = 0,  # that compute, on a CPU (0: as many as torch would use)
 ) -> tuple[Device, int]:
@@ -90,8 +90,7 @@ class Costs:
         again, n = sum(self.open[1:]), self.lengths
         before = sum(k * p for k, p in enumerate(self.open)) / sum(self.open)  # answers before an answer, on average
         self.context = n.prompt + before * (n.answer + n.followup)  # tokens before an answer
-        # tokens that all prompts begin with and that training reads once: not if layers are computed anew for gradients
-        self.once = 0 if c['scale']['gradient_checkpointing'] else n.shared
+        self.once = read_once(c, n)
         # of which the model still has to read, if keys and values are kept from try to try
         self.unread = (n.prompt - n.shared + again * n.followup) / (1 + again)
 

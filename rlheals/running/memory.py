@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Shape', 'CONFIGS', 'Lengths', 'LIBRARIES', 'LOGITS', 'KERNELS', 'MEASURED', 'MemoryEstimate', 'UnknownShape', 'shape',
-           'shape_of', 'lengths', 'half', 'estimate_memory']
+           'shape_of', 'lengths', 'read_once', 'half', 'estimate_memory']
 
 # %% ../../nbs/6_running/03_memory.ipynb #2385a6aa
 import json, math
@@ -136,6 +136,14 @@ def lengths(
         len(_common(prompts)),
     )
 
+# %% ../../nbs/6_running/03_memory.ipynb #48e7e59a
+def read_once(
+    config: dict,  # settings of a run
+    n: Lengths,
+) -> int:
+    "Tokens that all prompts begin with and that training reads once: none if activations are computed twice."
+    return 0 if config['scale']['gradient_checkpointing'] else n.shared
+
 # %% ../../nbs/6_running/03_memory.ipynb #59ba8aa1
 def _common(xs):
     from os.path import commonprefix
@@ -239,8 +247,7 @@ def estimate_memory(
                 (min(c['sft']['batch_size'], c['sft']['examples']) if stage == 'sft' else r['minibatch']) // devices,
                 n.prompt + n.answer,
             )
-            # one process computes what all prompts begin with once, unless activations are computed twice
-            shared = 0 if devices > 1 or c['scale']['gradient_checkpointing'] else n.shared
+            shared = 0 if devices > 1 else read_once(c, n)  # several processes share a pass as the Trainer makes it
             out['activations'] = _reading(s, rows, shared, L, n.answer, c, width, gpu)
             if stage == 'baselines': out['cache'] = sampling(r['envs'])  # every process samples all of them
         elif stage == 'grpo':
@@ -255,7 +262,7 @@ def estimate_memory(
         else:
             if r['log_kl']: out['start'] = s.parameters * b / shards
             rows, L = min(r['micro_batch'], -(-r['minibatch'] // devices)), context + new
-            shared = 0 if c['scale']['gradient_checkpointing'] else n.shared  # see `logprobs_and_values`
+            shared = read_once(c, n)
             out['activations'] = _reading(s, rows, shared, L, new, c, width, gpu)
             out['cache'] = (
                 sampling(-(-r['envs'] // devices)) if r['engine'] != 'vllm' else max(0.3 * room, 2 * s.parameters)

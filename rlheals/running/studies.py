@@ -43,7 +43,6 @@ def _kept_contest(folder):  # (table, record); both empty if there are none
         raise ValueError(f'{bad[0]} differs from its record (SHA-256): take both from the repository again')
     return pd.read_csv(path), json.loads(path.with_suffix('.json').read_text())
 
-
 # %% ../../nbs/6_running/10_studies.ipynb #16000789
 def continue_contest(
     runs: dict,  # variant -> its run, from `contest_runs`
@@ -61,7 +60,6 @@ def continue_contest(
             table[table.variant == v.name].to_parquet(tmp, index=False)
         n += 1
     return n
-
 
 # %% ../../nbs/6_running/10_studies.ipynb #278d9899
 def write_contest(
@@ -91,7 +89,6 @@ def write_contest(
     record['libraries']['peft'] = version('peft')  # makes the runs of two of the families
     return _write(table, path, record)
 
-
 # %% ../../nbs/6_running/10_studies.ipynb #2db3bce4
 def save_s7(
     folder=FOLDER,  # with `forgetting.csv` and `forgetting.json`
@@ -105,7 +102,6 @@ def save_s7(
     picture, data = s7(dict(forgetting=table))
     save(picture, data, Path(folder)/'S7', record)
     return data
-
 
 # %% ../../nbs/6_running/10_studies.ipynb #ce8d0689
 def write_factorial(
