@@ -5,7 +5,7 @@ import pytest
 from rlheals.running.memory import estimate_memory
 from rlheals.training.runs import Run
 
-TINY = 'sft.max_steps=6', 'rl.starts=6', 'rl.updates=8'
+TINY = 'sft.max_steps=4', 'rl.starts=4', 'rl.updates=5'
 SMOLLM2 = (
     'sft.max_steps=2',
     'sft.batch_size=8',
