@@ -9,6 +9,7 @@ from rlheals.beyond import factorial
 from rlheals.beyond.confirmation import REGISTERED, confirm, registered
 from rlheals.beyond.factorial import FACTORS, factorial_cell, factorial_study, factorial_table, levels_of
 from rlheals.beyond.when_rl_heals import confirmation, effects, made_up_study, power
+from rlheals.running.studies import continue_factorial, save_s8, write_factorial
 from rlheals.training.runs import Run
 
 DEVELOPMENT = ('eval.splits=id,ood_dev',)
@@ -84,6 +85,20 @@ def test_published_seeds_and_problems_are_refused(tmp_path, made, changes, seed,
     with pytest.raises(ValueError, match='needs --set eval.splits=id,ood_dev and seeds from 90 on'):
         factorial_cell(wrong, '00', levels_of(0), method)
     assert made == [] and not [*tmp_path.iterdir()]
+
+
+def test_nothing_is_judged_while_a_cell_is_missing_and_another_clone_goes_on(run, made, tmp_path):
+    folder, elsewhere = tmp_path/'figures', replace(run, root=tmp_path/'elsewhere')
+    factorial_study(run, (91, 92), range(15))
+    write_factorial(run, (91, 92), folder)
+    with pytest.raises(ValueError, match='30 of 32 cells of the study have been made'): save_s8(folder)
+    made.clear()
+    assert continue_factorial(elsewhere, (91, 92), folder) == 30
+    factorial_study(elsewhere, (91, 92))
+    assert made == ['91/15', '92/15'] and len(factorial_table(elsewhere, (91, 92)))
+    (folder/'factorial.csv').write_text((folder/'factorial.csv').read_text().replace('1.5', '1.6'))
+    with pytest.raises(ValueError, match='factorial.csv differs from its record'):
+        continue_factorial(replace(run, root=tmp_path/'third'), (91, 92), folder)
 
 
 def test_a_table_that_lacks_one_run_is_refused():
