@@ -270,8 +270,7 @@ def edited_measures(
 
 # %% ../../nbs/5_beyond/18_forgetting_runs.ipynb #d4a14318
 def run_intervention(
-    folder,  # of the contest
-    to,  # directory of `intervention.csv`
+    folder,  # of the contest; gets `intervention.csv`
     seed: int = DEVELOPMENT,  # a development seed
     profile: str = 'tiny',
     changes: tuple = (),  # further changes of the profile
@@ -294,6 +293,6 @@ def run_intervention(
         ]
     finally: shutil.rmtree(home, ignore_errors=True)
     table = pd.concat(tables, ignore_index=True)
-    with complete(Path(to)/'intervention.csv') as tmp:
+    with complete(Path(folder)/'intervention.csv') as tmp:
         table.to_csv(tmp, index=False, float_format='%.6g', lineterminator='\n')
     return table

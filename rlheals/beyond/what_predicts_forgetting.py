@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'LEVELS', 'AT_STEPS', 'paths', 'points', 'fit_ranks', 'held_out', 'skill', 'scores', 'two_best', 'set_against',
-           's7', 'reading_s7']
+           's7', 'reading_s7', 'in_short']
 
 # %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #08b1decf
 import numpy as np
@@ -243,6 +243,24 @@ def reading_s7(
     a, b = (_LABELS[k] for k in two_best(found))
     out.append(f'On average over these, the two best are {a} and {b}.')
     return '\n'.join(f'- {line}' for line in out)
+
+# %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #cca43915
+def in_short(
+    data,  # the table behind S7
+) -> str:
+    "Which explanations predict surely better than the mean, and which is the best on average, in two sentences."
+    found = data[data.what == 'score']
+    rivals = found[found.explanation.isin([*EXPLANATIONS])]
+    number = lambda r: f'{r.r2:.2f} [{r.r2_low:.2f}, {r.r2_high:.2f}]'
+    told = lambda rows: ', '.join(f'{_LABELS[r.explanation]} ({WAYS[r.way]}: R² {number(r)})' for r in rows.itertuples())
+    sure, best = rivals[rivals.sure == True], two_best(found)[0]
+    mean = rivals[rivals.explanation == best].r2.mean()
+    return (
+        f'Of {rivals.explanation.nunique()} explanations, {told(sure) or "none"} surely predicts OOD accuracy better '
+        f'than the mean in families of SFT runs that it was not fitted on ({found.runs.max():.0f} development runs of '
+        f'{found.families.max():.0f} families). The best on average, {_LABELS[best]}, reaches R² {mean:.2f}; ID accuracy '
+        f"alone {found[found.explanation == 'id'].r2.mean():.2f}."
+    )
 
 # %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #f152ca8c
 s7.name = 'S7'  # for `kept`; not registered

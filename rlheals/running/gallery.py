@@ -190,6 +190,7 @@ def made_with(
 def story(
     folder,  # of the figures
     link: str = '../figures',
+    without=(),  # figures whose pictures are elsewhere on the page
 ) -> str:
     """The paper in a few figures, in Markdown: question, claim, and the verdict with what decided it; without a ledger,
     the first sentence of what the figure says."""
@@ -202,5 +203,6 @@ def story(
         else:
             row = ledger[(ledger.claim == claim) & (ledger.task == HOME)].iloc[0]
             said = f'{row.verdict} ({row.why})' if row.why else row.verdict
-        out += [f"**{question}** {claim}: {said.rstrip('.')}.", f'![{FIGURES[figure].title}]({link}/{figure}.png)']
+        picture = '' if figure in without else f'\n\n![{FIGURES[figure].title}]({link}/{figure}.png)'
+        out.append(f"**{question}** {claim}: {said.rstrip('.')}.{picture}")
     return '\n\n'.join(out)
