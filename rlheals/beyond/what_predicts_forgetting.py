@@ -247,20 +247,26 @@ def reading_s7(
 # %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #cca43915
 def in_short(
     data,  # the table behind S7
+    edited=None,  # of `run_intervention`
 ) -> str:
-    "Which explanations predict surely better than the mean, and which is the best on average, in two sentences."
+    """Which explanations predict surely better than the mean, which is the best on average, and what edits say of the
+    best two: three sentences."""
     found = data[data.what == 'score']
     rivals = found[found.explanation.isin([*EXPLANATIONS])]
     number = lambda r: f'{r.r2:.2f} [{r.r2_low:.2f}, {r.r2_high:.2f}]'
-    told = lambda rows: ', '.join(f'{_LABELS[r.explanation]} ({WAYS[r.way]}: R² {number(r)})' for r in rows.itertuples())
-    sure, best = rivals[rivals.sure == True], two_best(found)[0]
-    mean = rivals[rivals.explanation == best].r2.mean()
-    return (
-        f'Of {rivals.explanation.nunique()} explanations, {told(sure) or "none"} surely predicts OOD accuracy better '
-        f'than the mean in families of SFT runs that it was not fitted on ({found.runs.max():.0f} development runs of '
-        f'{found.families.max():.0f} families). The best on average, {_LABELS[best]}, reaches R² {mean:.2f}; ID accuracy '
-        f"alone {found[found.explanation == 'id'].r2.mean():.2f}."
+    sure, best = rivals[rivals.sure == True].itertuples(), two_best(found)
+    told = '; '.join(f'{_LABELS[r.explanation]} {WAYS[r.way]} (R² {number(r)})' for r in sure)
+    mean = lambda explanation: f"{found[found.explanation == explanation].r2.mean():.2f}"
+    out = (
+        f'In {found.runs.max():.0f} SFT runs of {found.families.max():.0f} families (development seeds), '
+        f'{f"only {told}" if told else "nothing"} surely predicts OOD accuracy in families left out. Best on average is '
+        f"{_LABELS[best[0]]} (R² {mean(best[0])}; ID accuracy alone: {mean('id')})."
     )
+    if edited is None: return out
+    points = lambda r: f'{100 * r.mean:+.1f} [{100 * r.low:+.1f}, {100 * r.high:+.1f}] points' if r.pairs else 'unknown'
+    held = {r.varied: r for r in set_against(edited, best).itertuples()}
+    said = [f'more {_LABELS[a]} at equal {_LABELS[b]}: {points(held[a])}' for a, b in (best, best[::-1])]
+    return f"{out} In edits of one run, OOD accuracy changes with {'; '.join(said)}."
 
 # %% ../../nbs/5_beyond/19_what_predicts_forgetting.ipynb #f152ca8c
 s7.name = 'S7'  # for `kept`; not registered

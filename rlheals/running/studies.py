@@ -16,7 +16,7 @@ from ..core.environment import ROOT
 from ..training.runs import DEVELOPMENT, Run
 from ..beyond.forgetting_runs import contest_table, contest_variants, variant_file
 from ..beyond.what_predicts_forgetting import s7
-from ..beyond.factorial import COLUMNS, SEEDS, cell_how, cell_table, design, levels_of
+from ..beyond.factorial import SEEDS, cell_how, cell_table, design, factorial_table, levels_of
 from ..beyond.when_rl_heals import s8
 from ..beyond.confirmation import (REGISTERED, compared, confirmation_table, contradictions, judged, registered,
                                          registration, verdict)
@@ -112,11 +112,11 @@ def write_intervention(
     folder=FOLDER,  # directory for the files
     profile: str = 'tiny',  # as for `run_intervention`
 ):
-    """Write `intervention.csv`, what edits of one run change, and `intervention.json`, its provenance; return the path of
-    the first. Raises `FileNotFoundError` if it has not been made."""
+    """Write `intervention.csv`, what edits of one run change, and `intervention.json`, its provenance; return the path
+    of the first. Raises `FileNotFoundError` if it has not been made."""
     import pandas as pd
     if not (made := Path(contest)/'intervention.csv').exists():
-        raise FileNotFoundError(f'{made} is missing: call rlheals.beyond.forgetting_runs.run_intervention({str(contest)!r})')
+        raise FileNotFoundError(f'{made} is missing: call `run_intervention` of rlheals.beyond.forgetting_runs')
     run = Run(profile)
     record = provenance(run, [], {run.task_name: 1}) | dict(
         seeds={run.task_name: [DEVELOPMENT]}, inputs=record_outputs([made])
@@ -156,15 +156,13 @@ def write_factorial(
     seeds=SEEDS,  # seeds of the study
     folder=FOLDER,  # directory for the files
 ):
-    """Write `factorial.csv`, the changes in the cells that have been made, and `factorial.json`, their provenance; return
-    the path of the first. Raises `ValueError` if the run uses the test problems, or no cell has been made."""
-    import pandas as pd
+    """Write `factorial.csv`, the changes in the cells that have been made, and `factorial.json`, their provenance;
+    return the path of the first. Raises `ValueError` if the run uses the test problems, or no cell has been made."""
     check_splits(run)
     cells, before, old = _cells(run, seeds), *_kept(folder, 'factorial')
-    made = {key: cell_table(of, name, how) for key, (of, name, _, how) in cells.items()}
-    made = {key: t.assign(seed=cells[key][0].seed) for key, t in made.items() if t is not None}
+    made = [key for key, (of, name, _, how) in cells.items() if cell_table(of, name, how) is not None]
     if not made: raise ValueError('no cell of the study has been made: call `factorial_study` first')
-    table = pd.concat(made.values(), ignore_index=True)[COLUMNS]
+    table = factorial_table(run, seeds, needed=False)
     files = [cells[key][0].table(f'factorial-{cells[key][1]}') for key in made]
     record = provenance(run, files, {run.task_name: len(seeds)}) | dict(seeds={run.task_name: list(seeds)})
     def told(key):
@@ -181,8 +179,8 @@ def save_s8(
     before all cells have been made."""
     table, record = _kept(folder, 'factorial')
     if not (made := len(record['runs'])) or made < record['planned']:
-        raise ValueError(f"{made} of {record.get('planned', 'all')} cells of the study have been made: S8 is drawn when "
-                         'all have, see `continue_factorial`')
+        raise ValueError(f"{made} of {record.get('planned', 'all')} cells of the study have been made: S8 is drawn "
+                         'when all have, see `continue_factorial`')
     picture, data = s8(dict(factorial=table))
     save(picture, data, Path(folder)/'S8', record)
     return data
