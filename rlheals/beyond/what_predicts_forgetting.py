@@ -259,8 +259,8 @@ def in_short(
     mean = lambda explanation: f"{found[found.explanation == explanation].r2.mean():.2f}"
     out = (
         f'In {found.runs.max():.0f} SFT runs of {found.families.max():.0f} families (development seeds), '
-        f'{f"only {told}" if told else "nothing"} surely predicts OOD accuracy in families left out. Best on average is '
-        f"{_LABELS[best[0]]} (R² {mean(best[0])}; ID accuracy alone: {mean('id')})."
+        f'{f"only {told}" if told else "nothing"} surely predicts OOD accuracy in families left out. Best on average '
+        f"is {_LABELS[best[0]]} (R² {mean(best[0])}; ID accuracy alone: {mean('id')})."
     )
     if edited is None: return out
     points = lambda r: f'{100 * r.mean:+.1f} [{100 * r.low:+.1f}, {100 * r.high:+.1f}] points' if r.pairs else 'unknown'
