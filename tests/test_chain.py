@@ -10,7 +10,6 @@ from rlheals.running.workflow import execute
 from rlheals.analysis.evaluation import evaluation_parts, metrics_of
 from rlheals.beyond.baselines import METHODS
 from rlheals.results.style import EQUAL
-from rlheals.beyond.conditions import conditions_of
 from rlheals.running.figures import ACROSS, EXTRA, FIGURES
 from rlheals.training.runs import Run
 from rlheals.analysis.surgery import surgery_ends
@@ -48,9 +47,7 @@ def names(run, paths): return {str(p.relative_to(run.dir)).replace('general_poin
 
 def test_everything_is_there(home, run):
     # on request only
-    assert not any((run.dir / 'figures' / f'{f}.png').exists() for f in EXTRA) and not list(
-        run.path('tables').glob('condition-*')
-    )
+    assert not any((run.dir/'figures'/f'{f}.png').exists() for f in EXTRA)
     for f in set(FIGURES) - set(EXTRA):
         for ext in ('png', 'svg', 'csv', 'json'): assert (run.dir/'figures'/f'{f}.{ext}').stat().st_size > 0
         record = json.loads((run.dir/'figures'/f'{f}.json').read_text())
@@ -59,28 +56,7 @@ def test_everything_is_there(home, run):
             and record['settings'] == run.config
             and all(len(h) == 64 for h in record['inputs'].values())
         )
-    assert set(FIGURES) == {
-        'F1',
-        'F2',
-        'F3',
-        'F4',
-        'F5',
-        'F6',
-        'F7',
-        'F8',
-        'F9',
-        'F10',
-        'F11',
-        'F12',
-        'F13',
-        'F14',
-        'S1',
-        'S2',
-        'S3',
-        'S4',
-        'S5',
-        'S6',
-    }
+    assert set(FIGURES) == {*(f'F{n}' for n in range(1, 15)), 'S1', 'S3', 'S4', 'S5', 'S6'}
     said = (home/'said').read_text()
     assert 'rl-000002' in said and 'left' in said
     assert not list(run.dir.rglob('.*.safetensors')) and not list((run.dir/'.progress').glob('*'))
@@ -224,28 +200,6 @@ def test_baselines_are_shown(run):
         run.load('baselines').query("stage == 'further_sft' and split == 'id' and metric == 'success'")['value'].mean()
     )
     assert f5.query("model == 'further_sft' and split == 'id' and seed == 'all'")['mean'].item() == own
-
-
-def test_conditions_on_request(home, run):
-    """`--figure S2` makes the conditions and their figure; a deleted one is made again, and nothing else; no weights
-    are left."""
-    before, ask = stamps(run), lambda: rlheals('reproduce', '--profile', 'smoke', '--figure', 'S2', cwd=home)
-    done = ask()
-    assert done.returncode == 0, done.stdout + done.stderr
-    made, figure = stamps(run), {f'figures/S2.{e}' for e in ('png', 'svg', 'csv')}
-    assert (
-        names(run, (p for p in made if made[p] != before.get(p)))
-        == {f'tables/condition-{n}.parquet' for n in conditions_of(run)} | figure
-    )
-    drawn = pd.read_csv(run.dir/'figures'/'S2.csv')
-    assert set(drawn[drawn.what == 'change']['condition']) == {*conditions_of(run), *METHODS}
-    assert not list(run.path('conditions').rglob('*.safetensors'))
-    table, bytes_ = run.table('condition-sft_twelfth'), run.table('condition-sft_twelfth').read_bytes()
-    table.unlink()
-    assert ask().returncode == 0
-    after = stamps(run)
-    assert names(run, (p for p in after if after[p] != made[p])) == {'tables/condition-sft_twelfth.parquet'} | figure
-    assert table.read_bytes() == bytes_
 
 
 def test_weights_go_when_nothing_more_is_made_from_them(home):

@@ -179,7 +179,7 @@ def test_notebooks_are_small_and_without_errors():
 
 def test_chain_notebooks_have_parameters():
     paths = list((ROOT/'nbs'/'paper').glob('*.ipynb'))
-    assert len(paths) == 16
+    assert len(paths) == 14
     for path in paths:
         tagged = [c for c in cells(path) if 'parameters' in c['metadata'].get('tags', [])]
         assert len(tagged) == 1, path

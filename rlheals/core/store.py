@@ -68,7 +68,7 @@ def _kept(folder):
         if f.is_symlink() or not f.is_file() or not hollow.isdisjoint(f.parents): continue
         if name.parts[:2] != ('.snakemake', 'metadata'):  # tells Snakemake that a newer file may have the same content
             if (
-                {'partial', 'svd', 'conditions'} & set(name.parts)
+                {'partial', 'svd', 'factorial'} & set(name.parts)
                 or any(p.startswith('.') for p in name.parts[:-1])
                 or f.name.startswith('.')
                 and f.suffix != '.sha256'

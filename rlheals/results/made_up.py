@@ -205,24 +205,6 @@ def made_up_tables(
         d.assign(stage=d.stage + EQUAL, value=d.value * (lost.random(len(d)) < .9)) for d in baselines
     ]
     tables['baselines'] = pd.concat(baselines, ignore_index=True)
-    kept = e[e.checkpoint.isin([max(starts)]) & (e.metric == 'success')]
-    first = [
-        dict(
-            task='general_points',
-            seed=seed,
-            stage='rl',
-            checkpoint=max(starts),
-            split='train',
-            episode=0,
-            metric='first_success',
-            value=0.7,
-        )
-        for seed in range(seeds)
-    ]
-    tables['conditions'] = pd.concat(
-        [d.assign(condition=n) for n in ('default', 'entropy_none') for d in (kept, pd.DataFrame(first))],
-        ignore_index=True,
-    )
     first = (
         tables['evaluation']
         .query("metric == 'success'")

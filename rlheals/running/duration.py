@@ -16,7 +16,6 @@ from ..training.runs import Run
 from ..analysis.evaluation import evaluation_parts
 from ..analysis.surgery import surgery_plan
 from ..beyond.baselines import baseline_plan, budget
-from ..beyond.conditions import CONDITIONS, condition_run, made_already
 from .memory import half, lengths, read_once, shape, shape_of
 
 # %% ../../nbs/6_running/04_duration.ipynb #f48d6ac2
@@ -204,17 +203,6 @@ def _explorer(k, job):
     n = len(k.config['sft']['checkpoints']) + len(k.config['rl']['starts'])
     return k.decompose(2 * n) + n * 2 * k.tries * k.sample(k.config['explorer']['problems'], k.unread)
 
-# %% ../../nbs/6_running/04_duration.ipynb #b7ff6cf8
-@_cost
-def _condition(k, job):
-    name = job.removeprefix('condition-')
-    inside, sft = condition_run(k.run, name)
-    ends = len(k.config['conditions']['starts']) - len(made_already(k.run, name))
-    def training(run, stage): return COSTS[stage](Costs(replace(run, half=-1), k.device, k.devices, k.gpu), stage)
-    seconds = ends * (training(inside, CONDITIONS[name].stage) + k.evaluate())
-    if sft: seconds += training(sft, 'sft') + len(k.config['sft']['checkpoints']) * k.evaluate()
-    return seconds
-
 # %% ../../nbs/6_running/04_duration.ipynb #f5f63249
 STAGES = ('sft', 'rl', 'grpo', 'baselines', 'evaluate', 'spectra', 'surgery', 'drift')
 def jobs_of(
@@ -233,7 +221,7 @@ def threads_of(
     stage: str,  # name of a stage
 ) -> int:
     "The threads with which a job of a stage computes on a CPU."
-    section = dict(evaluate='eval', condition='conditions').get(stage, stage)
+    section = 'eval' if stage == 'evaluate' else stage
     return run.config.get(section, {}).get('threads', 1)
 
 # %% ../../nbs/6_running/04_duration.ipynb #0e9f9aa9

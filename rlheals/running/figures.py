@@ -10,7 +10,7 @@ import inspect
 from ..results.style import REGISTRY
 from ..results import (can_it_be_undone, do_hidden_states_drift, does_rl_heal, does_sft_forget, how_rl_learns,
                              is_it_rotation, values_or_directions)
-from ..beyond import at_equal_id, under_which_conditions, what_rl_heals, what_tells_the_peak
+from ..beyond import at_equal_id, what_rl_heals, what_tells_the_peak
 
 # %% ../../nbs/6_running/01_figures.ipynb #b75be090
 # name -> the function that draws it: F1 ... F14, S1 ... S6

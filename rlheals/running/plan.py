@@ -55,7 +55,7 @@ def progress(
 class Job:
     "One notebook to execute."
     # rule in the Snakefile: `base`, `sft`, `rl`, `grpo`, `evaluate`, `baselines`, `spectra`, `surgery`,
-    # `drift`, `condition`, `preserve`, `warning`, `explorer`, `figure`, `reading`, `claims`
+    # `drift`, `preserve`, `warning`, `explorer`, `figure`, `claims`
     rule: str
     name: str  # name of the job, like `rl-000128`
     task: str
@@ -64,7 +64,7 @@ class Job:
 
 # %% ../../nbs/6_running/07_plan.ipynb #1376ff2f
 # rule -> prefix of the settings `cluster.*` for its jobs (others: `other`)
-ASKS = dict(base='sft', sft='sft', rl='rl', grpo='rl', baselines='rl', condition='rl', preserve='rl')
+ASKS = dict(base='sft', sft='sft', rl='rl', grpo='rl', baselines='rl', preserve='rl')
 
 # %% ../../nbs/6_running/07_plan.ipynb #c05223b9
 def resources(
@@ -173,7 +173,6 @@ def plan(run: Run, seeds: int = 1, targets=(), tasks=()) -> list[Job]:
             'spectra': 'spectra',
             'drift': 'drift',
             'figure': path.stem,
-            'reading': path.stem,
         }.get(rule)
         name = name or (path.parent.name if is_weights(path) else path.stem.replace('advantages-', 'rl-'))
         found.setdefault((rule, name, task, seed), []).append(path)
@@ -187,12 +186,10 @@ def plan(run: Run, seeds: int = 1, targets=(), tasks=()) -> list[Job]:
         'spectra',
         'surgery',
         'drift',
-        'condition',
         'preserve',
         'warning',
         'explorer',
         'figure',
-        'reading',
         'claims',
     )
     return sorted(
@@ -203,7 +200,7 @@ def plan(run: Run, seeds: int = 1, targets=(), tasks=()) -> list[Job]:
 # %% ../../nbs/6_running/07_plan.ipynb #0334a21d
 # rule -> seconds before and after the work
 STARTS = dict(base=8, sft=8, preserve=10, warning=5, explorer=8, surgery=5, spectra=4, drift=4) | dict.fromkeys(
-    ('rl', 'grpo', 'evaluate', 'baselines', 'condition'), 3
+    ('rl', 'grpo', 'evaluate', 'baselines'), 3
 )
 def seconds(job: Job, run: Run) -> float:
     "A rough estimate of the time of a job, in seconds."

@@ -102,7 +102,7 @@ PARTS = {  # directory in `nbs/` -> summary of its chapters
     '2_training': 'models, settings, pretraining, SFT, PPO and GRPO',
     '3_analysis': 'accuracy with intervals, spectra and rotation, surgery, hidden states',
     '4_results': "the paper's figures, one question after the other, and its claims with their verdicts",
-    '5_beyond': "controls, conditions, forgetting prevented or foreseen, and the same analysis "
+    '5_beyond': "controls, studies, forgetting prevented or foreseen, and the same analysis "
                 "of one's own checkpoints",
     '6_running': 'figures from tables, the workflow, what a run takes, the command line',
 }

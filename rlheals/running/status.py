@@ -23,13 +23,12 @@ STAGES = dict(  # stage -> files of one task and seed when the stage is done
     spectra=lambda run: tables_of(run, ['spectra', 'angles', 'rotation', 'energy', 'change']),
     surgery=lambda run: tables_of(run, ['surgery', 'imposed', 'peak']),
     drift=lambda run: tables_of(run, ['states', 'drift', 'next_token']),
-    conditions=lambda run: tables_of(run, ['conditions']),
     preserve=lambda run: tables_of(run, ['preserve']),
     warning=lambda run: tables_of(run, ['warning']),
     explorer=lambda run: tables_of(run, ['explorer']))
 
 # %% ../../nbs/6_running/12_status.ipynb #bfe3f1b9
-ON_REQUEST = ('conditions', 'preserve', 'warning', 'explorer')
+ON_REQUEST = ('preserve', 'warning', 'explorer')
 def _seeds_of(run):  # seeds that have a directory
     home = run.dir/run.task_dir
     return sorted(int(p.name[4:]) for p in home.glob('seed*') if p.name[4:].isdigit()) if home.is_dir() else []

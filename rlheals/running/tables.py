@@ -17,7 +17,6 @@ from ..tasks.protocol import TASKS
 from ..training.settings import MARKS
 from ..training.runs import Run
 from ..analysis.evaluation import evaluation_parts
-from ..beyond.conditions import conditions_of
 from .figures import ACROSS, NEEDS, check_figure, draw
 
 # %% ../../nbs/6_running/02_tables.ipynb #c619e16a
@@ -44,7 +43,6 @@ TABLES = dict(  # table that figures use -> names of the tables of a run
     evaluation=lambda run: [n for stage in ('sft', 'rl', 'grpo') for n in evaluation_parts(run, stage)],
     rl_evaluation=lambda run: [n for stage in ('sft', 'rl') for n in evaluation_parts(run, stage)],
     baselines=lambda run: ['baselines'],
-    conditions=lambda run: [f'condition-{n}' for n in conditions_of(run)],
     sft_evaluation=lambda run: [*evaluation_parts(run, 'sft')],
     losses=lambda run: ['losses'],
     rl_log=lambda run: [f"rl-{run.sft_end:06d}", f"grpo-{max(run.config['grpo']['starts']):06d}"],

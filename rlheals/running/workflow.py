@@ -198,8 +198,8 @@ def _prefork(todo, environment, executor):  # server for the jobs of a run, with
     if executor != 'local': return nullcontext({})
     rules = {j.rule for j in todo}
     groups = dict(
-        training=rules & {'base', 'sft', 'grpo', 'baselines', 'condition', 'preserve'},
-        model=rules - {'figure', 'reading', 'claims'},
+        training=rules & {'base', 'sft', 'grpo', 'baselines', 'preserve'},
+        model=rules - {'figure', 'claims'},
         drawing=True,
     )
     return server([g for g, needed in groups.items() if needed], environment)
@@ -269,7 +269,7 @@ def _watch(run, process, todo, cost, jobs, folder, start, say, live, keep):
 
 # %% ../../nbs/6_running/08_workflow.ipynb #74d0fdee
 def _picture(j):  # path of the figure that a job has drawn
-    return next((os.path.relpath(o) for o in j.outputs if j.rule in ('figure', 'reading') and o.suffix == '.png'), '')
+    return next((os.path.relpath(o) for o in j.outputs if j.rule == 'figure' and o.suffix == '.png'), '')
 def _label(j):  # like `rl-000128`, with task and seed unless they are the defaults
     name = j.name if j.name.startswith(j.rule) else f'{j.rule} {j.name}'
     return name + f' {j.task}' * (j.task not in ('', HOME)) + f' seed {j.seed}' * (j.seed > 0)

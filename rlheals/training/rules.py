@@ -71,8 +71,7 @@ def _follow(c, given):  # adapts in place what was not given
     if 'rl.starts' not in given:
         rl['starts'] = sorted({*(s for s in rl['starts'] if s < steps and s in sft['checkpoints']), end, steps})
     if 'grpo.starts' not in given: c['grpo']['starts'] = [end]
-    for section, k, of in (('baselines', 'starts', rl['starts']), ('conditions', 'starts', rl['starts']),
-                           ('preserve', 'checkpoints', sft['checkpoints'])):
+    for section, k, of in (('baselines', 'starts', rl['starts']), ('preserve', 'checkpoints', sft['checkpoints'])):
         if f'{section}.{k}' not in given:
             c[section][k] = [s for s in c[section][k] if s < steps and s in of] + [max(of)]
     if 'baselines.rounds' not in given: c['baselines']['rounds'] = min(c['baselines']['rounds'], rl['updates'])
@@ -87,7 +86,7 @@ def _check_each(c, settings=SETTINGS):
                 raise _refusal(f'{section}.{name}', setting.rule.says, value)
 
 # %% ../../nbs/2_training/07_rules.ipynb #6b9b17aa
-_STEPS = ('rl.starts', 'grpo.starts', 'baselines.starts', 'conditions.starts', 'preserve.checkpoints')  # of SFT
+_STEPS = ('rl.starts', 'grpo.starts', 'baselines.starts', 'preserve.checkpoints')  # of SFT
 def _among_checkpoints(key):  # the relation of such a list
     steps = attrgetter(key)
     return key, lambda c: {*steps(c)} <= {*c.sft.checkpoints}, 'among sft.checkpoints={c.sft.checkpoints}'
@@ -100,7 +99,6 @@ RELATIONS = [  # setting, condition, rule
     ('baselines.rounds', lambda c: c.baselines.rounds <= c.rl.updates, 'at most rl.updates={c.rl.updates}'),
     ('baselines.starts', lambda c: {*c.baselines.starts} <= {*c.rl.starts},
      'one or more of rl.starts={c.rl.starts} (how far RL goes from there is compared: add them to rl.starts)'),
-    ('conditions.starts', lambda c: {*c.conditions.starts} <= {*c.rl.starts}, 'one or more of rl.starts={c.rl.starts}'),
     ('sft.processes', lambda c: c.sft.batch_size % c.sft.processes == 0,
      'a divisor of sft.batch_size={c.sft.batch_size}'),
     ('rl.processes', lambda c: c.rl.processes <= c.rl.envs, 'at most rl.envs={c.rl.envs}'),

@@ -24,7 +24,6 @@ REDUCED = (  # of the default job: fewer of everything, which takes some ten min
     'grpo.updates=3',
     'baselines.starts=[64]',
     'baselines.rounds=2',
-    'conditions.starts=[64]',
     'surgery.edits=["directions","values","random","interpolation"]',
     'surgery.ranks=[0.5,1.0]',
     'eval.episodes=26',

@@ -87,7 +87,6 @@ SETTINGS = [  # setting, and what the message must say beside its name
     ('rl.starts=', 'one or more'),
     ('rl.starts=3', 'among sft.checkpoints'),
     ('baselines.rounds=1000', 'at most rl.updates'),
-    ('conditions.starts=0', 'one or more of rl.starts'),
     ('task.tries=0', 'tries'),
     # empty data
     ('sft.examples=0', 'at least 1'),
@@ -105,7 +104,6 @@ SETTINGS = [  # setting, and what the message must say beside its name
     ('=1', 'no setting'),
     ('rl.engine=sglang', 'one of transformers, vllm'),
     ('surgery.edits=both', "'directions' and any of"),
-    ('conditions.names=none', 'default'),
     ('preserve.methods=dropout', 'rpsft-'),
     ('sft.schedule=linearly', 'constant_with_warmup'),
     ('grpo.schedule=x', 'cosine'),

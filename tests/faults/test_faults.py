@@ -22,7 +22,7 @@ def results(run):
         p
         for p in run.dir.rglob('*')
         if p.is_file()
-        and not {'partial', 'svd', 'conditions', '.snakemake'} & set(p.relative_to(run.dir).parts)
+        and not {'partial', 'svd', '.snakemake'} & set(p.relative_to(run.dir).parts)
         and (
             p.suffix in ('.parquet', '.safetensors')
             or p.parent.name == 'figures'
@@ -241,8 +241,9 @@ def torment(home, n, seed, tmp):
         s = Smoke(place/'home', rng)
         shutil.copytree(home, s.home)
         # what was made on request is not made again unasked
-        for p in [*s.run.dir.rglob('condition-*'), *s.run.dir.rglob('.condition-*'), *s.run.dir.rglob('S2.*')]:
-            if p.is_file(): p.unlink()
+        for name in ('preserve-*', 'warning.*', 'S3.*', 'S4.*'):
+            for p in [*s.run.dir.rglob(name), *s.run.dir.rglob(f'.{name}')]:
+                if p.is_file(): p.unlink()
         before, counts, open_ = results(s.run), {k: Counter() for k in kinds}, []
 
         def complete():
