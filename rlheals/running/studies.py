@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['continue_contest', 'write_contest', 'save_s7', 'write_intervention', 'continue_factorial', 'write_factorial',
-           'save_s8', 'write_registration', 'write_confirmation', 'write_search', 'write_shared_hands']
+           'save_s8', 'write_registration', 'write_confirmation', 'continue_search', 'write_search',
+           'write_shared_hands']
 
 # %% ../../nbs/6_running/10_studies.ipynb #5f1f1a12
 import json
@@ -220,6 +221,26 @@ def write_confirmation(
     write_record(folder/'confirmation.json', record)
     return paths[0]
 
+# %% ../../nbs/6_running/10_studies.ipynb #9f9caef1
+def continue_search(
+    search,  # directory of the search
+    folder=FOLDER,  # with `real_model.csv` and `real_model.json`
+    profile: str = 'smollm2',  # as for `search`
+    changes: tuple = (),
+) -> int:  # how many candidates were taken over
+    """Take the candidates that `real_model.csv` has into the directory of the search, so that `search` tries only the
+    others. `ValueError` names one that was tried with other settings."""
+    (table, record), n = _kept(folder, 'real_model'), 0
+    for name, said in record['runs'].items():
+        run = candidate_run(name, search, profile, changes)
+        if run.table('candidate').exists(): continue
+        if said['changes'] != [*run.changes]:
+            raise ValueError(f'{name} in {folder}/real_model.csv was tried with other settings: delete the file and '
+                             'real_model.json, and search anew')
+        run.save(table[table.candidate == name].drop(columns='candidate'), 'candidate')
+        n += 1
+    return n
+
 # %% ../../nbs/6_running/10_studies.ipynb #ad6ae10e
 def write_search(
     search,  # directory of the search
@@ -227,20 +248,24 @@ def write_search(
     profile: str = 'smollm2',  # as for `search`
     changes: tuple = (),
 ):
-    """Write `real_model.csv`, all candidates of the search, and `real_model.json`, their provenance; return the path of
-    the first. Raises `FileNotFoundError` if a candidate has not been tried."""
+    """Write `real_model.csv`, the candidates that have been tried, and `real_model.json`, their provenance; return the
+    path of the first. In the record, `left` is the next candidate to be tried, empty when the search is over. Raises
+    `FileNotFoundError` if none has been tried."""
     runs = {name: candidate_run(name, search, profile, changes) for name in CANDIDATES}
     runs = {name: run for name, run in runs.items() if run.table('candidate').exists()}
-    tables = {name: run.load('candidate') for name, run in runs.items()}
-    if lacks := next_candidate(tables):
-        raise FileNotFoundError(f'not tried yet: {lacks}: run rlheals.beyond.real_model.search({str(search)!r})')
-    tasks = sorted({run.task_name for run in runs.values()})
-    record = provenance(Run(profile, changes), [], dict.fromkeys(tasks, 1)) | dict(
-        seeds=dict.fromkeys(tasks, [DEVELOPMENT]),
-        runs={name: dict(task=run.task_name, changes=[*run.changes]) for name, run in runs.items()},
-        inputs={name: digest(run.table('candidate')) for name, run in runs.items()},
+    if not runs: raise FileNotFoundError(f'no candidate has been tried in {search}: call rlheals.beyond.real_model.search')
+    tables, (before, old) = {name: run.load('candidate') for name, run in runs.items()}, _kept(folder, 'real_model')
+    tasks, made = sorted({run.task_name for run in runs.values()}), joined(tables)
+    record = provenance(Run(profile, changes), [], dict.fromkeys(tasks, 1))
+    rows = lambda t, name: t[t.candidate == name].drop(columns='seed', errors='ignore') if len(t) else t
+    def told(name, run):
+        commit = _commit(name, rows(made, name), rows(before, name), old, record['commit'])
+        return dict(task=run.task_name, changes=[*run.changes], commit=commit)
+    record |= dict(
+        seeds=dict.fromkeys(tasks, [DEVELOPMENT]), runs={name: told(name, run) for name, run in runs.items()},
+        inputs={name: digest(run.table('candidate')) for name, run in runs.items()}, left=next_candidate(tables) or '',
     )
-    return _write(joined(tables), Path(folder)/'real_model.csv', record)
+    return _write(made, Path(folder)/'real_model.csv', record)
 
 # %% ../../nbs/6_running/10_studies.ipynb #38552ee6
 def write_shared_hands(
