@@ -253,7 +253,7 @@ def write_search(
     `FileNotFoundError` if none has been tried."""
     runs = {name: candidate_run(name, search, profile, changes) for name in CANDIDATES}
     runs = {name: run for name, run in runs.items() if run.table('candidate').exists()}
-    if not runs: raise FileNotFoundError(f'no candidate has been tried in {search}: call rlheals.beyond.real_model.search')
+    if not runs: raise FileNotFoundError(f'no candidate has been tried in {search}: call `search` first')
     tables, (before, old) = {name: run.load('candidate') for name, run in runs.items()}, _kept(folder, 'real_model')
     tasks, made = sorted({run.task_name for run in runs.values()}), joined(tables)
     record = provenance(Run(profile, changes), [], dict.fromkeys(tasks, 1))
