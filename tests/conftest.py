@@ -49,27 +49,19 @@ def linear(seconds, n, slack=.02):
 def inputs(request): return request.config.getoption('--inputs')
 
 
-def run_smoke(home):
-    "Let `smoke` run in a directory, and keep what it said in the file `said`."
-    done = rlheals('reproduce', '--profile', 'smoke', cwd=home)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (home/'said').write_text(done.stdout)
-
-
 @pytest.fixture(scope='session')
-def home(tmp_path_factory, worker_id):
+def home(tmp_path_factory):
     """A directory in which `smoke` has run; who changes something there puts it back. With several processes of
     pytest, the first that needs it runs it, and each has a copy."""
-    mine = tmp_path_factory.mktemp('home')
-    if worker_id == 'master':
-        run_smoke(mine)
-        return mine
-    shared = tmp_path_factory.getbasetemp().parent/'smoke'  # of all processes of this test run
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base)/'smoke'  # of all processes of this test run
     with FileLock(f'{shared}.lock'):
         if not (shared/'said').exists():
             shared.mkdir(exist_ok=True)
-            run_smoke(shared)
-    return shutil.copytree(shared, mine, dirs_exist_ok=True, symlinks=True)
+            done = rlheals('reproduce', '--profile', 'smoke', cwd=shared)
+            assert done.returncode == 0, done.stdout + done.stderr
+            (shared/'said').write_text(done.stdout)
+    return shutil.copytree(shared, tmp_path_factory.mktemp('home'), dirs_exist_ok=True, symlinks=True)
 
 
 @pytest.fixture

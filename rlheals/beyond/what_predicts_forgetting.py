@@ -265,8 +265,8 @@ def in_short(
     if edited is None: return out
     points = lambda r: f'{100 * r.mean:+.1f} [{100 * r.low:+.1f}, {100 * r.high:+.1f}] points' if r.pairs else 'unknown'
     held = {r.varied: r for r in set_against(edited, best).itertuples()}
-    said = [f'more {_LABELS[a]} at equal {_LABELS[b]}: {points(held[a])}' for a, b in (best, best[::-1])]
-    return f"{out} In edits of one run, OOD accuracy changes with {'; '.join(said)}."
+    said = [f'{points(held[a])} with more {_LABELS[a]} at equal {_LABELS[b]}' for a, b in (best, best[::-1])]
+    return f"{out} In edits of one run, OOD accuracy changes by {' and '.join(said)}."
 
 # %% ../../nbs/5_beyond/18_what_predicts_forgetting.ipynb #f152ca8c
 s7.name = 'S7'  # for `kept`; not registered

@@ -203,6 +203,6 @@ def story(
         else:
             row = ledger[(ledger.claim == claim) & (ledger.task == HOME)].iloc[0]
             said = f'{row.verdict} ({row.why})' if row.why else row.verdict
-        picture = '' if figure in without else f'\n\n![{FIGURES[figure].title}]({link}/{figure}.png)'
-        out.append(f"**{question}** {claim}: {said.rstrip('.')}.{picture}")
+        picture = ' (above).' if figure in without else f'.\n\n![{FIGURES[figure].title}]({link}/{figure}.png)'
+        out.append(f"**{question}** {claim}: {said.rstrip('.')}{picture}")
     return '\n\n'.join(out)

@@ -41,10 +41,30 @@ def _kept(folder, name):  # (table, record) of a study that `_write` has written
     if bad := damaged_outputs(path.with_suffix('.json')):
         raise ValueError(f'{bad[0]} differs from its record (SHA-256): take both from the repository again')
     return pd.read_csv(path, dtype=dict(cell=str)), json.loads(path.with_suffix('.json').read_text())
-def _commit(key, now, before, record, commit):  # of a run: if it was taken over and has its numbers, the one of before
-    numbers = [t.select_dtypes('number').to_numpy(float) for t in (now, before)]
-    same = numbers[0].shape == numbers[1].shape and np.allclose(*numbers, rtol=1e-5, atol=1e-12, equal_nan=True)
-    return record['runs'][key]['commit'] if key in record['runs'] and same else commit
+def _take_over(folder, name, files, told, save, says):  # rows of a study's table become files that are not there yet
+    (table, record), n = _kept(folder, name), 0
+    for key, file in files.items():
+        if key not in record['runs'] or file.exists(): continue
+        if {k: record['runs'][key][k] for k in told[key]} != told[key]:
+            raise ValueError(says.format(key=key, table=f'{folder}/{name}.csv', record=f'{name}.json'))
+        save(key, table)
+        n += 1
+    return n
+def _commits(rows, now, commit, folder, name, keys):  # of each run; that of before, if it was taken over unchanged
+    before, record = _kept(folder, name)
+    def same(key):
+        a, b = (rows(t, key).select_dtypes('number').to_numpy(float) for t in (now, before))
+        return a.shape == b.shape and np.allclose(a, b, rtol=1e-5, atol=1e-12, equal_nan=True)
+    return {k: record['runs'][k]['commit'] if k in record['runs'] and same(k) else commit for k in keys}
+def _save_complete(folder, name, draw, figure, planned, says):  # a study's figure, once all of its runs have been made
+    table, record = _kept(folder, name)
+    if (made := len(record['runs'])) < (planned := record.get('planned', planned)):
+        raise ValueError(f'{made} of {planned} {says}')
+    picture, data = draw({name: table})
+    save(picture, data, Path(folder)/figure, record)
+    return data
+def _of_run(table, name):  # the rows of a run of the contest
+    return table[table.variant == name]
 def _told(v, run):  # what the record of the contest has about a run
     return dict(profile=run.profile, changes=[*run.changes], seed=v.seed, method=v.method)
 
@@ -55,16 +75,12 @@ def continue_contest(
 ) -> int:  # how many runs were taken over
     """Take the runs that `forgetting.csv` has into the directory of the contest, so that `run_contest` makes only the
     others. `ValueError` names a run that was made with other settings."""
-    (table, record), n = _kept(folder, 'forgetting'), 0
-    for v, run in runs.items():
-        if v.name not in record['runs'] or variant_file(v, run).exists(): continue
-        if {k: record['runs'][v.name][k] for k in _told(v, run)} != _told(v, run):
-            raise ValueError(f'{v.name} in {folder}/forgetting.csv was made with other settings: delete the file and '
-                             'forgetting.json, and run the contest anew')
-        with complete(variant_file(v, run), sealed=True) as tmp:
-            table[table.variant == v.name].to_parquet(tmp, index=False)
-        n += 1
-    return n
+    of = {v.name: (variant_file(v, run), _told(v, run)) for v, run in runs.items()}
+    def save(key, table):
+        with complete(of[key][0], sealed=True) as tmp: _of_run(table, key).to_parquet(tmp, index=False)
+    says = '{key} in {table} was made with other settings: delete the file and {record}, and run the contest anew'
+    files, told = ({k: pair[i] for k, pair in of.items()} for i in (0, 1))
+    return _take_over(folder, 'forgetting', files, told, save, says)
 
 # %% ../../nbs/6_running/10_studies.ipynb #278d9899
 def write_contest(
@@ -80,15 +96,13 @@ def write_contest(
     from importlib.metadata import version
     there = {v: run for v, run in runs.items() if variant_file(v, run).exists()}
     if not there: raise ValueError('no run of the contest has been made: call `run_contest` first')
-    (before, old), table = _kept(folder, 'forgetting'), contest_table(there)
-    profile, seeds = Run(next(iter(runs.values())).profile), sorted({v.seed for v in there})
+    table, profile = contest_table(there), Run(next(iter(runs.values())).profile)
+    seeds = sorted({v.seed for v in there})
     record = provenance(profile, [], {profile.task_name: len(seeds)})
-    rows = lambda t, v: t[t.variant == v.name] if len(t) else t
-    def told(v, run):
-        return _told(v, run) | dict(commit=_commit(v.name, rows(table, v), rows(before, v), old, record['commit']))
+    commits = _commits(_of_run, table, record['commit'], folder, 'forgetting', [v.name for v in there])
     record |= dict(
         seeds={profile.task_name: seeds}, inputs=record_outputs(variant_file(v, r) for v, r in there.items()),
-        runs={v.name: told(v, run) for v, run in there.items()}, planned=len(runs),
+        runs={v.name: _told(v, run) | dict(commit=commits[v.name]) for v, run in there.items()}, planned=len(runs),
     )
     record['libraries']['peft'] = version('peft')  # makes the runs of two of the families
     return _write(table, Path(folder)/'forgetting.csv', record)
@@ -99,13 +113,8 @@ def save_s7(
 ):
     """Draw S7 from the table of the contest, and save it beside; `ValueError` if the table differs from its record, or
     before all runs have been made, because who looks earlier could choose when to stop."""
-    table, record = _kept(folder, 'forgetting')
-    if (made := len(record['runs'])) < (planned := record.get('planned', len(contest_variants()))):
-        raise ValueError(f'{made} of {planned} runs of the contest have been made: S7 is drawn when all have, see '
-                         '`continue_contest`')
-    picture, data = s7(dict(forgetting=table))
-    save(picture, data, Path(folder)/'S7', record)
-    return data
+    says = 'runs of the contest have been made: S7 is drawn when all have, see `continue_contest`'
+    return _save_complete(folder, 'forgetting', s7, 'S7', len(contest_variants()), says)
 
 # %% ../../nbs/6_running/10_studies.ipynb #6f4447ea
 def write_intervention(
@@ -130,7 +139,7 @@ def _cells(run, seeds):  # key -> (run of the seed, name, levels, how), of all c
     return {f'{r.seed}/{k:02d}': (r, f'{k:02d}', levels_of(k), cell_how(r, f'{k:02d}', levels_of(k)))
             for r in runs for k in range(len(design()))}
 def _of_cell(table, key):  # the rows of a cell
-    return table[(table.seed.astype(str) + '/' + table.cell) == key] if len(table) else table
+    return table[table.seed.astype(str) + '/' + table.cell == key]
 
 # %% ../../nbs/6_running/10_studies.ipynb #e37b7beb
 def continue_factorial(
@@ -141,15 +150,14 @@ def continue_factorial(
     """Take the cells that `factorial.csv` has into the directory of the run, so that `factorial_study` makes only the
     others. `ValueError` names a cell that was made with other settings."""
     check_splits(run)
-    (table, record), n = _kept(folder, 'factorial'), 0
-    for key, (of, name, levels, how) in _cells(run, seeds).items():
-        if key not in record['runs'] or of.table(f'factorial-{name}').exists(): continue
-        if record['runs'][key]['how'] != how:
-            raise ValueError(f'cell {key} in {folder}/factorial.csv was made with other settings: delete the file and '
-                             'factorial.json, and run the study anew')
-        of.save(_of_cell(table, key).drop(columns='seed').assign(how=how), f'factorial-{name}')
-        n += 1
-    return n
+    cells = _cells(run, seeds)
+    files = {key: of.table(f'factorial-{name}') for key, (of, name, *_) in cells.items()}
+    def save(key, table):
+        of, name, _, how = cells[key]
+        of.save(_of_cell(table, key).assign(how=how), f'factorial-{name}')
+    says = 'cell {key} in {table} was made with other settings: delete the file and {record}, and run the study anew'
+    told = {key: dict(how=how) for key, (*_, how) in cells.items()}
+    return _take_over(folder, 'factorial', files, told, save, says)
 
 # %% ../../nbs/6_running/10_studies.ipynb #a6e5130c
 def write_factorial(
@@ -160,16 +168,14 @@ def write_factorial(
     """Write `factorial.csv`, the changes in the cells that have been made, and `factorial.json`, their provenance;
     return the path of the first. Raises `ValueError` if the run uses the test problems, or no cell has been made."""
     check_splits(run)
-    cells, before, old = _cells(run, seeds), *_kept(folder, 'factorial')
+    cells = _cells(run, seeds)
     made = [key for key, (of, name, _, how) in cells.items() if cell_table(of, name, how) is not None]
     if not made: raise ValueError('no cell of the study has been made: call `factorial_study` first')
     table = factorial_table(run, seeds, needed=False)
     files = [cells[key][0].table(f'factorial-{cells[key][1]}') for key in made]
     record = provenance(run, files, {run.task_name: len(seeds)}) | dict(seeds={run.task_name: list(seeds)})
-    def told(key):
-        commit = _commit(key, _of_cell(table, key), _of_cell(before, key), old, record['commit'])
-        return dict(how=cells[key][3], commit=commit)
-    record |= dict(runs={key: told(key) for key in made}, planned=len(cells))
+    commits = _commits(_of_cell, table, record['commit'], folder, 'factorial', made)
+    record |= dict(runs={k: dict(how=cells[k][3], commit=commits[k]) for k in made}, planned=len(cells))
     return _write(table, Path(folder)/'factorial.csv', record)
 
 # %% ../../nbs/6_running/10_studies.ipynb #c7107c2b
@@ -178,13 +184,8 @@ def save_s8(
 ):
     """Draw S8 from the table of the study, and save it beside; `ValueError` if the table differs from its record, or
     before all cells have been made."""
-    table, record = _kept(folder, 'factorial')
-    if not (made := len(record['runs'])) or made < record['planned']:
-        raise ValueError(f"{made} of {record.get('planned', 'all')} cells of the study have been made: S8 is drawn "
-                         'when all have, see `continue_factorial`')
-    picture, data = s8(dict(factorial=table))
-    save(picture, data, Path(folder)/'S8', record)
-    return data
+    says = 'cells of the study have been made: S8 is drawn when all have, see `continue_factorial`'
+    return _save_complete(folder, 'factorial', s8, 'S8', len(SEEDS) * len(design()), says)
 
 # %% ../../nbs/6_running/10_studies.ipynb #fb5e71f3
 def write_registration(
@@ -222,6 +223,7 @@ def write_confirmation(
     return paths[0]
 
 # %% ../../nbs/6_running/10_studies.ipynb #9f9caef1
+def _of_candidate(table, name): return table[table.candidate == name]
 def continue_search(
     search,  # directory of the search
     folder=FOLDER,  # with `real_model.csv` and `real_model.json`
@@ -230,16 +232,12 @@ def continue_search(
 ) -> int:  # how many candidates were taken over
     """Take the candidates that `real_model.csv` has into the directory of the search, so that `search` tries only the
     others. `ValueError` names one that was tried with other settings."""
-    (table, record), n = _kept(folder, 'real_model'), 0
-    for name, said in record['runs'].items():
-        run = candidate_run(name, search, profile, changes)
-        if run.table('candidate').exists(): continue
-        if said['changes'] != [*run.changes]:
-            raise ValueError(f'{name} in {folder}/real_model.csv was tried with other settings: delete the file and '
-                             'real_model.json, and search anew')
-        run.save(table[table.candidate == name].drop(columns='candidate'), 'candidate')
-        n += 1
-    return n
+    runs = {name: candidate_run(name, search, profile, changes) for name in CANDIDATES}
+    def save(name, table): runs[name].save(_of_candidate(table, name).drop(columns='candidate'), 'candidate')
+    files = {name: run.table('candidate') for name, run in runs.items()}
+    told = {name: dict(changes=[*run.changes]) for name, run in runs.items()}
+    says = '{key} in {table} was tried with other settings: delete the file and {record}, and search anew'
+    return _take_over(folder, 'real_model', files, told, save, says)
 
 # %% ../../nbs/6_running/10_studies.ipynb #ad6ae10e
 def write_search(
@@ -254,13 +252,11 @@ def write_search(
     runs = {name: candidate_run(name, search, profile, changes) for name in CANDIDATES}
     runs = {name: run for name, run in runs.items() if run.table('candidate').exists()}
     if not runs: raise FileNotFoundError(f'no candidate has been tried in {search}: call `search` first')
-    tables, (before, old) = {name: run.load('candidate') for name, run in runs.items()}, _kept(folder, 'real_model')
+    tables = {name: run.load('candidate') for name, run in runs.items()}
     tasks, made = sorted({run.task_name for run in runs.values()}), joined(tables)
     record = provenance(Run(profile, changes), [], dict.fromkeys(tasks, 1))
-    rows = lambda t, name: t[t.candidate == name].drop(columns='seed', errors='ignore') if len(t) else t
-    def told(name, run):
-        commit = _commit(name, rows(made, name), rows(before, name), old, record['commit'])
-        return dict(task=run.task_name, changes=[*run.changes], commit=commit)
+    commits = _commits(_of_candidate, made, record['commit'], folder, 'real_model', runs)
+    told = lambda name, run: dict(task=run.task_name, changes=[*run.changes], commit=commits[name])
     record |= dict(
         seeds=dict.fromkeys(tasks, [DEVELOPMENT]), runs={name: told(name, run) for name, run in runs.items()},
         inputs={name: digest(run.table('candidate')) for name, run in runs.items()}, left=next_candidate(tables) or '',

@@ -113,7 +113,6 @@ SHARDINGS = ('none', 'fsdp2', 'zero3')
 EDITS = ('directions', 'both', 'orthogonal', 'values', 'interpolation', 'matched', 'random', 'parameters', 'whole',
          'random_matched')  # the last is made by one sweep only, whichever are chosen for the others
 
-
 # %% ../../nbs/2_training/06_settings.ipynb #5e0baffe
 @dataclass(frozen=True)
 class Setting:
