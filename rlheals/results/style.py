@@ -17,7 +17,8 @@ from ..analysis.statistics import summarise
 
 # %% ../../nbs/4_results/01_style.ipynb #205b96b2
 ID, OOD, SFT, RL, MUTED = '#0072B2', '#D55E00', '#3B4252', '#009E73', '#8A8F98'
-TASK_NAMES = dict(general_points='GeneralPoints', navigation='Navigation', rank='Rank', determinant='Determinant')
+TASK_NAMES = dict(general_points='GeneralPoints', navigation='Navigation', rank='Rank', determinant='Determinant',
+                  small_rank='Rank of small matrices')
 # label, colour, marker, line
 SPLITS = {'id': ('ID', ID, 'o', '-'), 'ood': ('OOD', OOD, 's', '-'), 'train': ('train', MUTED, None, '--')}
 

@@ -128,9 +128,7 @@ def edit(
 @app.command()
 def explore(
     profile: Annotated[str, typer.Option(help='Profile of the run: tiny or smoke.')] = 'tiny',
-    task: Annotated[list[str], typer.Option('--task', metavar='NAME', help='Tasks, as for reproduce.')] = [
-        'general_points'
-    ],
+    task: Annotated[list[str], typer.Option('--task', metavar='NAME', help='Tasks, as for reproduce.')] = [],
     seed: Annotated[int, typer.Option(help='Seed of the run.', min=0)] = 0,
     set: Annotated[
         list[str], typer.Option('--set', metavar='KEY=VALUE', help='A changed setting of the run; may be repeated.')
@@ -145,11 +143,12 @@ def explore(
     "Make the tables of the explorer (trains what is missing first: minutes), and say which notebook shows them."
     from rich.console import Console
     from rlheals.core.environment import ChainError, PAPER
-    from rlheals.running.tables import HOME, provenance, published_dir
+    from rlheals.running.tables import home, provenance, published_dir
     from rlheals.running.workflow import execute
     from rlheals.beyond.explorer_table import explorer_inputs, publish_table
     from rlheals.training.runs import Run
-    tasks = parse_tasks(task)
+    from rlheals.training.settings import home_task
+    tasks = parse_tasks(task) or [home_task(profile)]
     run, console = Run(profile, tuple(set), seed, runs, tasks[0]), Console()
     try:
         if publish and seed: raise ValueError(f'--seed must be 0 with --publish, got {seed}')
@@ -169,7 +168,7 @@ def explore(
     except ChainError as e:
         fail(e, 1)
     for r in asked if publish else ():
-        to = published_dir(replace(run, task_name=HOME))/'explorer'/f'{r.task_dir}.parquet'
+        to = published_dir(home(run))/'explorer'/f'{r.task_dir}.parquet'
         publish_table(
             r.load('explorer'), to, provenance(r, [r.table('explorer'), *explorer_inputs(r)], {r.task_name: 1})
         )

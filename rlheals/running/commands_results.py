@@ -51,12 +51,12 @@ def claims(
     "Judge the claims by the tables of a run: supported, refuted, undecided or not testable here."
     from rich.console import Console
     from rlheals.core.environment import ChainError
-    from rlheals.running.tables import HOME, published_dir, variants
+    from rlheals.running.tables import home, published_dir, variants
     from rlheals.running.ledger import (check_ledger, deleted, earlier_settings, judge_tasks, make_inputs,
                                         read_published, read_run, remember, save_ledger, tasks_to_judge)
     from rlheals.training.runs import Run
     asked, console = parse_tasks(task), Console()
-    run = Run(profile, tuple(set), 0, runs, (asked or ['general_points'])[0])
+    run = Run(profile, tuple(set), 0, runs, (asked or [''])[0])
     try:
         for r in variants(run, 1, asked): r.config
         gone, how = deleted(run, asked, seeds), dict(say=lambda line: print(line, flush=True), live=console.is_terminal)
@@ -69,7 +69,7 @@ def claims(
         enough = tasks_to_judge(run, (), seeds)
         published = (
             not any(t in enough for t in asked or enough)
-            and (published_dir(replace(run, task_name=HOME)) / 'ledger.npz').exists()
+            and (published_dir(home(run)) / 'ledger.npz').exists()
             and not (seeds or write)
         )
         if not published: used = check_ledger(run, tasks or [run.task_name], seeds)
@@ -121,7 +121,7 @@ def _show(found, console):
 def show(
     figure: Annotated[str, typer.Argument(help='Name of the figure, like F1.')],
     profile: Annotated[str, typer.Option(help='Which run.')] = 'tiny',
-    task: Annotated[str, typer.Option('--task', metavar='NAME', help='Task of the figure.')] = 'general_points',
+    task: Annotated[str, typer.Option('--task', metavar='NAME', help='Task of the figure (default: that of the profile).')] = '',
     set: Annotated[
         list[str], typer.Option('--set', metavar='KEY=VALUE', help='A changed setting of the run; may be repeated.')
     ] = [],
@@ -182,7 +182,7 @@ def stage(
     start: Annotated[int, typer.Option(help='SFT checkpoint that RL starts from.')] = 0,
     profile: Annotated[str, typer.Option()] = 'tiny',
     set: Annotated[list[str], typer.Option('--set')] = [],
-    task: Annotated[str, typer.Option()] = 'general_points',
+    task: Annotated[str, typer.Option()] = '',
     seed: Annotated[int, typer.Option()] = 0,
     runs: Annotated[Path, typer.Option()] = Path('runs'),
 ):

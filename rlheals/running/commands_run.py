@@ -39,9 +39,10 @@ def reproduce(
         typer.Option(
             '--task',
             metavar='NAME',
-            help='general_points, navigation, rank, determinant, all, or package.module:Class; may be repeated.',
+            help='general_points, navigation, rank, determinant, all, or package.module:Class; may be repeated (default: '
+                 'that of the profile).',
         ),
-    ] = ['general_points'],
+    ] = [],
     seeds: Annotated[int, typer.Option(help='Independent seeds; figures show their mean and spread.', min=1)] = 1,
     figure: Annotated[
         list[str],
@@ -83,7 +84,8 @@ def reproduce(
     from rlheals.running.workflow import execute
     from rlheals.training.launching import check_tracker
     from rlheals.training.runs import Run
-    tasks = parse_tasks(task)
+    from rlheals.training.settings import home_task
+    tasks = parse_tasks(task) or [home_task(profile)]
     run, console = Run(profile, tuple(set), 0, runs, tasks[0]), Console()
     try:
         if log: os.environ['RLHEALS_LOG'] = check_tracker(log)  # read by the jobs
@@ -164,7 +166,7 @@ def plan(
     gpu: Annotated[
         str, typer.Option(help='GPU: h100, h200, a100, l40s or rtx4090 (default: that of this machine).')
     ] = '',
-    task: Annotated[str, typer.Option('--task', metavar='NAME', help='Task of the run.')] = 'general_points',
+    task: Annotated[str, typer.Option('--task', metavar='NAME', help='Task of the run (default: that of the profile).')] = '',
     set: Annotated[
         list[str], typer.Option('--set', metavar='KEY=VALUE', help='A changed setting; may be repeated.')
     ] = [],
@@ -240,7 +242,7 @@ def status(
     from rlheals.running.locking import holder
     from rlheals.running.status import ON_REQUEST, age, ranges, status
     names, console = parse_tasks(task), Console()
-    run = Run(profile, tuple(set), 0, runs, (names or ['general_points'])[0])
+    run = Run(profile, tuple(set), 0, runs, (names or [''])[0])
     try: found = status(run, names)
     except ValueError as e: fail(e)
     if not found.files.sum():

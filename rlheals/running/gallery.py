@@ -9,11 +9,11 @@ __all__ = ['STORY', 'save_references', 'verdicts', 'command_of', 'words', 'entry
 import json, re
 from pathlib import Path
 from ..training.rules import load_profile
+from ..training.settings import home_task
 from ..results.style import TASK_NAMES, save
 from ..results.paper_numbers import REPORTED, reference, reported
 from ..results.claims import CLAIMS
 from .figures import ACROSS, EXTRA, FIGURES, caption, reading
-from .tables import HOME
 
 # %% ../../nbs/6_running/13_gallery.ipynb #05fda74a
 def save_references(
@@ -39,7 +39,7 @@ def command_of(
     figure: str,
 ) -> str:
     "The command that makes a figure, from the record of where it comes from."
-    task = '' if record['tasks'] == [HOME] else f" --task {','.join(record['tasks'])}"
+    task = '' if record['tasks'] == [home_task(record['profile'])] else f" --task {','.join(record['tasks'])}"
     seeds = max(map(len, record['seeds'].values()))
     changes = ''.join(f" --set '{c}'" for c in record['changes'])
     return (
@@ -84,7 +84,7 @@ def words(
     others = [
         f'[{TASK_NAMES[t]}]({link}/{t}/{figure}.png)'
         for t in TASK_NAMES
-        if link and t != HOME and figure not in ACROSS and (folder / t / f'{figure}.png').exists()
+        if link and figure not in ACROSS and (folder / t / f'{figure}.png').exists()
     ]
     out = (
         [
@@ -201,7 +201,7 @@ def story(
         if ledger is None:
             said = re.split(r'(?<=[a-z\])%])\. (?=[A-Z])', reading(figure, pd.read_csv(folder/f'{figure}.csv')))[0]
         else:
-            row = ledger[(ledger.claim == claim) & (ledger.task == HOME)].iloc[0]
+            row = ledger[(ledger.claim == claim) & (ledger.task == home_task('tiny'))].iloc[0]
             said = f'{row.verdict} ({row.why})' if row.why else row.verdict
         picture = ' (above).' if figure in without else f'.\n\n![{FIGURES[figure].title}]({link}/{figure}.png)'
         out.append(f"**{question}** {claim}: {said.rstrip('.')}{picture}")

@@ -22,7 +22,7 @@ from ..results.evidence import NEEDS, PART, arrays
 from ..results.testing import ALPHA
 from ..results.claims import CLAIMS, KEPT, POINTS
 from ..results.verdicts import ledger_rows
-from .tables import (HOME, TABLES, figures_dir, load_tables, provenance, published_dir, seeds_done,
+from .tables import (TABLES, figures_dir, home, load_tables, provenance, published_dir, seeds_done,
                                     tables_of, variants)
 from .workflow import command, execute
 
@@ -202,7 +202,7 @@ def save_ledger(
 
     It consists of `ledger.csv` (claims), `ledger_parts.csv`, `ledger.md`, `ledger.npz` (the arrays, episode by episode)
     and `ledger.json` (provenance, the rules, and when the first of the tables was made)."""
-    folder, (claims, parts) = figures_dir(replace(run, task_name=HOME)), judge_tasks(data)
+    folder, (claims, parts) = figures_dir(home(run)), judge_tasks(data)
     inputs = [p for t, n in seeds.items() for p in claim_inputs(run, n, [t])]
     record = provenance(run, inputs, seeds) | dict(chooses=[0], rules=rules())
     record['begun'] = datetime.fromtimestamp(min(p.stat().st_mtime for p in inputs), timezone.utc).isoformat()
@@ -242,7 +242,7 @@ def read_published(
     """Task -> arrays of the published ledger, for judging again without the tables of the run.
 
     Raises `ValueError` if a task is missing or was run with other settings."""
-    folder = published_dir(replace(run, task_name=HOME))
+    folder = published_dir(home(run))
     if not (folder / 'ledger.npz').exists():
         raise ValueError(
             f"there is no ledger in {folder}: make one with\n  {command(run, tasks or [run.task_name], SEEDS)}"

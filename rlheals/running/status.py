@@ -11,7 +11,7 @@ from ..tasks.protocol import TASKS
 from ..training.models import is_weights
 from ..training.runs import Run
 from .figures import FIGURES
-from .tables import HOME, figures_dir, grpo_files, rl_files, sft_files, tables_of
+from .tables import figures_dir, grpo_files, home, rl_files, sft_files, tables_of
 
 # %% ../../nbs/6_running/12_status.ipynb #f725d451
 STAGES = dict(  # stage -> files of one task and seed when the stage is done
@@ -46,7 +46,7 @@ def status(
     Columns: `done` and `begun` (lists of seeds), `files`, `bytes`, and `newest` (seconds since 1970, or NaN)."""
     import pandas as pd
     rows = []
-    for t in tasks or [t for t in TASKS if (run.dir/t).is_dir()]:
+    for t in tasks or [t for t in dict.fromkeys((home(run).task_name, *TASKS)) if (run.dir/t).is_dir()]:
         for stage, files in STAGES.items():
             done, begun, all_files = [], [], []
             for seed in _seeds_of(replace(run, task_name=t)):
@@ -69,7 +69,7 @@ def status(
             f
             for name in FIGURES
             for f in [figures_dir(replace(run, task_name=t), name) / f'{name}.png']
-            if f.exists() and (t == HOME or f.parent.name == t)
+            if f.exists() and (t == home(run).task_name or f.parent.name == t)
         ]
         rows.append(
             dict(

@@ -21,7 +21,7 @@ from ..training.checkpoints import check_model, stored
 from ..training.settings import DTYPES
 from ..training.rules import check_engine, split_changes
 from ..training.runs import Run
-from .tables import HOME, figures_dir, rl_files, sft_files, variants
+from .tables import figures_dir, home, rl_files, sft_files, variants
 from .locking import MARK, cancel_jobs, check_executor, end_workers, lock_run, terminable
 from .checks import check_machine, discard, drop_shards, find_damaged
 from .plan import ASKS, core_seconds, plan, progress_file, snakemake
@@ -242,7 +242,7 @@ def _watch(run, process, todo, cost, jobs, folder, start, say, live, keep):
                 picture = _picture(j)
                 if not live:
                     say(
-                        f'[{len(done):3}/{len(todo)}] {_label(j):32} {clock(now - start)} gone, about {clock(left)} '
+                        f'[{len(done):3}/{len(todo)}] {_label(j, run):32} {clock(now - start)} gone, about {clock(left)} '
                         f'left{picture and ": "}{picture}'
                     )
                 elif picture: bars.print(picture)
@@ -250,13 +250,13 @@ def _watch(run, process, todo, cost, jobs, folder, start, say, live, keep):
                 if j in done: continue
                 try:
                     state = json.loads(
-                        progress_file(folder, j.name, replace(run, task_name=j.task or HOME, seed=j.seed)).read_text()
+                        progress_file(folder, j.name, replace(run, task_name=j.task, seed=j.seed)).read_text()
                     )
                 except (OSError, ValueError):
                     continue
                 share = state['done'] / max(state['total'], 1)
                 part += share * cost[j]
-                if j not in rows: rows[j] = bars.add_task(_label(j), total=1., text='')
+                if j not in rows: rows[j] = bars.add_task(_label(j, run), total=1., text='')
                 bars.update(rows[j], completed=share, text=f"{state['done']} of {state['total']}")
             gone = sum(cost[j] for j in done) + part
             bars.update(
@@ -270,9 +270,9 @@ def _watch(run, process, todo, cost, jobs, folder, start, say, live, keep):
 # %% ../../nbs/6_running/08_workflow.ipynb #74d0fdee
 def _picture(j):  # path of the figure that a job has drawn
     return next((os.path.relpath(o) for o in j.outputs if j.rule == 'figure' and o.suffix == '.png'), '')
-def _label(j):  # like `rl-000128`, with task and seed unless they are the defaults
+def _label(j, run):  # like `rl-000128`, with task and seed unless they are the defaults
     name = j.name if j.name.startswith(j.rule) else f'{j.rule} {j.name}'
-    return name + f' {j.task}' * (j.task not in ('', HOME)) + f' seed {j.seed}' * (j.seed > 0)
+    return name + f' {j.task}' * (j.task not in ('', home(run).task_name)) + f' seed {j.seed}' * (j.seed > 0)
 def _left(cost, done, part, elapsed, jobs):  # seconds left: the estimate, corrected by the time taken so far
     gone, total = sum(cost[j] for j in done) + part, sum(cost.values())
     prior = total / jobs
@@ -286,7 +286,7 @@ def open_run(
     seed: int = 0,  # seed of the run
     root: str = 'runs',  # directory of all runs
     needs=lambda run: [],  # function from the run to the files that must exist
-    task: str = 'general_points',  # name of the task
+    task: str = '',  # name of the task (default: that of the profile)
 ) -> Run:
     "Open the run of a chain notebook, making its inputs if they are missing."
     run = Run(profile, tuple(split_changes(changes)), int(seed), Path(root), task)

@@ -12,7 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from ..tasks.protocol import load_task
-from .settings import MODEL_NAMES, PROFILES, SETTINGS, settings_for
+from .settings import MODEL_NAMES, PROFILES, SETTINGS, home_task, settings_for
 
 # %% ../../nbs/2_training/07_rules.ipynb #db0c5863
 def _refusal(key, rule, value):  # the error for a value
@@ -154,10 +154,11 @@ def check_engine(
 def load_profile(
     name: str = 'tiny',  # one of `PROFILES`
     changes: list | tuple | str = (),  # `section.key=value`: a list, or one text with spaces or semicolons between
-    task: str = 'general_points',  # name of a task
+    task: str = '',  # name of a task; empty: that of the profile
 ) -> dict:
     "The settings of a profile with changes; `ValueError` names what is wrong and what would be right."
     if name not in PROFILES: raise ValueError(f"there is no profile {name!r}: use one of {', '.join(PROFILES)}")
+    task = task or home_task(name)
     c = settings_for(name, task)
     given = _apply(c, split_changes(changes) if isinstance(changes, str) else changes, task)
     if c['model']['name'] != 'anew' and (idle := [k for k in given if k.startswith('base.')]):

@@ -14,14 +14,14 @@ from ..core.files import Damaged, check, complete
 from ..core.randomness import hash64
 from ..tasks.protocol import load_task
 from .models import INDEX, WEIGHTS
-from .settings import OF_TASK, TINY
+from .settings import OF_TASK, TINY, home_task
 from .rules import load_profile
 
 # %% ../../nbs/2_training/08_runs.ipynb #bc9260ab
 def run_name(
     profile: str,  # name of the profile
     changes=(),  # changes of settings, `section.key=value`
-    task: str = 'general_points',  # task for which the changes are checked; the name does not depend on it
+    task: str = '',  # task for which the changes are checked (default: that of the profile); not part of the name
 ) -> str:
     "The directory name of a run: the profile and the changes, hashed if they are long."
     # left out, so that a job that needs more hours continues in the same directory
@@ -70,7 +70,10 @@ class Run:
     changes: tuple = ()  # changes of the profile, `section.key=value`
     seed: int = 0
     root: Path = Path('runs')
-    task_name: str = 'general_points'
+    task_name: str = ''  # empty: the task of the profile
+
+    def __post_init__(self):
+        if not self.task_name: object.__setattr__(self, 'task_name', home_task(self.profile))  # it is frozen
 
     @cached_property
     def config(self) -> dict:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODEL_NAMES', 'ENGINES', 'DTYPES', 'SCHEDULES', 'SHARDINGS', 'EDITS', 'SETTINGS', 'TINY', 'OF_TASK', 'PROFILES',
-           'MARKS', 'PAPERS', 'SHORT', 'TRIES', 'Rule', 'between', 'above', 'at_least', 'choice', 'some_of', 'each',
-           'matching', 'Setting', 'paper_values', 'settings_for']
+           'MARKS', 'PAPERS', 'SHORT', 'HOMES', 'TRIES', 'Rule', 'between', 'above', 'at_least', 'choice', 'some_of',
+           'each', 'matching', 'Setting', 'paper_values', 'home_task', 'settings_for']
 
 # %% ../../nbs/2_training/06_settings.ipynb #f74e9fbd
 import copy, re
@@ -445,16 +445,30 @@ PROFILES['llama3.2-11b'] = _merged(PAPERS, dict(
 
 # %% ../../nbs/2_training/06_settings.ipynb #726e197a
 SHORT = dict(
-    model=dict(max_new_tokens=64), task=dict(tries=2),
-    sft=dict(max_steps=32, batch_size=8, warmup_steps=4, test_examples=8, checkpoints=[0, 8, 16, 32]),
-    rl=dict(starts=[16, 32], updates=2, envs=8, minibatch=8, micro_batch=8),
-    grpo=dict(updates=1, responses=8, generations=4, minibatch=8),
-    eval=dict(episodes=8), drift=dict(prompts=8, permutations=20), baselines=dict(starts=[32], rounds=1),
-    surgery=dict(ranks=[1.], blocks=1, edits=['directions', 'values']),
+    model=dict(max_new_tokens=16), task=dict(style='brief', tries=1),
+    sft=dict(
+        examples=6144, max_steps=384, batch_size=16, test_examples=32,
+        checkpoints=[0, 8, 16, 24, 48, 96, 144, 192, 288, 384],
+    ),
+    rl=dict(starts=[24, 96, 384], updates=10, envs=64, turns=1, minibatch=32, micro_batch=16),
+    grpo=dict(starts=[384], updates=5, responses=64, minibatch=32),
+    eval=dict(episodes=144, per_job=5),
+    surgery=dict(ranks=[.5, 1.], blocks=2, edits=['directions', 'values', 'random']),
+    drift=dict(prompts=48, permutations=100),
+    baselines=dict(starts=[384], rounds=2),
+    preserve=dict(methods=['l2-0.01'], checkpoints=[96, 384]),
+    explorer=dict(shares=[.5, 1.], problems=6),
+    scale=dict(precision='auto'),
 )
 PROFILES['smollm2-short'] = _merged(PROFILES['smollm2'], SHORT)
 
 # %% ../../nbs/2_training/06_settings.ipynb #00bcc466
+HOMES = {'smollm2-short': 'small_rank'}  # profile -> its task, where it is not GeneralPoints
+def home_task(
+    profile: str,  # name of a profile
+) -> str:
+    "The task of a profile where none is named. Figures of its other tasks are saved in directories of their own."
+    return HOMES.get(profile, 'general_points')
 TRIES = dict(navigation=2)  # task -> most tries, where the paper allows fewer than a profile has
 def settings_for(
     profile: str,  # one of `PROFILES`
