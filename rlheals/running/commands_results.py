@@ -121,7 +121,9 @@ def _show(found, console):
 def show(
     figure: Annotated[str, typer.Argument(help='Name of the figure, like F1.')],
     profile: Annotated[str, typer.Option(help='Which run.')] = 'tiny',
-    task: Annotated[str, typer.Option('--task', metavar='NAME', help='Task of the figure (default: that of the profile).')] = '',
+    task: Annotated[
+        str, typer.Option('--task', metavar='NAME', help='Task of the figure (default: that of the profile).')
+    ] = '',
     set: Annotated[
         list[str], typer.Option('--set', metavar='KEY=VALUE', help='A changed setting of the run; may be repeated.')
     ] = [],

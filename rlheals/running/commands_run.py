@@ -39,8 +39,8 @@ def reproduce(
         typer.Option(
             '--task',
             metavar='NAME',
-            help='general_points, navigation, rank, determinant, all, or package.module:Class; may be repeated (default: '
-                 'that of the profile).',
+            help='general_points, navigation, rank, determinant, all, or package.module:Class; may be repeated '
+                 '(default: that of the profile).',
         ),
     ] = [],
     seeds: Annotated[int, typer.Option(help='Independent seeds; figures show their mean and spread.', min=1)] = 1,
@@ -166,7 +166,9 @@ def plan(
     gpu: Annotated[
         str, typer.Option(help='GPU: h100, h200, a100, l40s or rtx4090 (default: that of this machine).')
     ] = '',
-    task: Annotated[str, typer.Option('--task', metavar='NAME', help='Task of the run (default: that of the profile).')] = '',
+    task: Annotated[
+        str, typer.Option('--task', metavar='NAME', help='Task of the run (default: that of the profile).')
+    ] = '',
     set: Annotated[
         list[str], typer.Option('--set', metavar='KEY=VALUE', help='A changed setting; may be repeated.')
     ] = [],

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['continue_contest', 'write_contest', 'save_s7', 'write_intervention', 'continue_factorial', 'write_factorial',
            'save_s8', 'write_registration', 'write_confirmation', 'continue_search', 'write_search',
-           'write_shared_hands', 'stage_minutes', 'write_one_seed']
+           'write_shared_hands', 'write_one_seed']
 
 # %% ../../nbs/6_running/10_studies.ipynb #5f1f1a12
 import json
@@ -22,7 +22,7 @@ from ..beyond.when_rl_heals import s8
 from ..beyond.confirmation import (REGISTERED, compared, confirmation_table, contradictions, judged, registered,
                                          registration, verdict)
 from ..beyond.real_model import CANDIDATES, candidate_run, joined, next_candidate
-from ..beyond.one_seed import few_answers, one_seed
+from ..beyond.one_seed import few_answers, one_seed, stage_minutes
 from ..results.style import save
 from ..results.shared_hands import by_hand
 from .tables import figures_dir, load_tables, provenance, tables_of
@@ -275,20 +275,6 @@ def write_shared_hands(
     table = by_hand(load_tables(runs, names)['rl_evaluation'], run.task())
     record = provenance(run, [f for r in runs for f in tables_of(r, names)], {run.task_name: seeds})
     return _write(table, Path(folder)/'shared_hands.csv', record)
-
-# %% ../../nbs/6_running/10_studies.ipynb #22f4472b
-def stage_minutes(
-    run: Run,  # run that `rlheals reproduce` has made
-):  # DataFrame: stage, notebooks, minutes
-    "How long the notebooks of each stage took, as they say themselves; of one that was resumed, only the last attempt."
-    import pandas as pd
-    took = {}
-    for path in sorted(run.path('notebooks').glob('*.ipynb')):
-        stage = dict(eval='evaluate').get(name := path.stem.partition('-')[0], name)
-        seconds = json.loads(path.read_text())['metadata'].get('papermill', {}).get('duration')
-        if seconds is not None: took.setdefault(stage, []).append(seconds)
-    rows = [(stage, len(s), sum(s) / 60) for stage, s in took.items()]
-    return pd.DataFrame(rows, columns=['stage', 'notebooks', 'minutes'])
 
 # %% ../../nbs/6_running/10_studies.ipynb #2e62bb6b
 def write_one_seed(

@@ -242,8 +242,8 @@ def _watch(run, process, todo, cost, jobs, folder, start, say, live, keep):
                 picture = _picture(j)
                 if not live:
                     say(
-                        f'[{len(done):3}/{len(todo)}] {_label(j, run):32} {clock(now - start)} gone, about {clock(left)} '
-                        f'left{picture and ": "}{picture}'
+                        f'[{len(done):3}/{len(todo)}] {_label(j, run):32} {clock(now - start)} gone, '
+                        f'about {clock(left)} left{picture and ": "}{picture}'
                     )
                 elif picture: bars.print(picture)
             for j in todo:

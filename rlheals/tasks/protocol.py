@@ -79,7 +79,8 @@ class Task:
 # %% ../../nbs/1_tasks/01_protocol.ipynb #b5455d6c
 TASKS = ('general_points', 'navigation', 'rank', 'determinant')  # the paper's tasks
 STYLES = ('paper', 'brief')  # prompt wordings: as in the paper, or a few words for the tiny model
-_MODULES = dict(rank='matrices', small_rank='matrices', determinant='matrices')  # the other tasks are in the module of their name
+# the other tasks are in the module of their name
+_MODULES = dict(rank='matrices', small_rank='matrices', determinant='matrices')
 
 # %% ../../nbs/1_tasks/01_protocol.ipynb #72a79b96
 def _task_class(name):
