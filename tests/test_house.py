@@ -239,9 +239,11 @@ def test_committed_figures_come_from_the_default_run(figure):
 def test_the_shortened_run_is_that_of_the_profile():
     from rlheals.core.files import damaged_outputs
     records, now = sorted((ROOT/'figures'/'smollm2').glob('*.json')), load_profile('smollm2-short')
-    assert {p.stem for p in records} >= {*(f'F{i}' for i in range(1, 15)), 'one_seed', 'answers'}
+    beside = {'S1', 'S5', 'S6', 'one_seed', 'answers', 'stages'}
+    assert {p.stem for p in records} == {*(f'F{i}' for i in range(1, 15)), *beside}
     for path in records:
         record = json.loads(path.read_text())
+        assert load_profile(record['profile'], record['changes']) == now, path
         assert (record['profile'], record['changes'], record['tasks']) == ('smollm2-short', [], ['small_rank']), path
         assert_settings(
             record, now, ('model', 'task', 'sft', 'rl', 'grpo', 'baselines', 'eval', 'spectra', 'surgery', 'drift')

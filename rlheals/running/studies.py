@@ -285,7 +285,6 @@ def write_one_seed(
     folder, names = figures_dir(run), ('evaluation', 'surgery', 'imposed', 'baselines')
     record = provenance(run, tables_of(run, names), {run.task_name: 1})
     effects = one_seed(load_tables([run], names))
-    folder.mkdir(parents=True, exist_ok=True)
     _write(few_answers(run), folder/'answers.csv', record)
     _write(stage_minutes(run), folder/'stages.csv', record)
     return _write(effects, folder/'one_seed.csv', record)

@@ -154,7 +154,8 @@ def figure_tables(
     return load_tables(figure_runs(run, figure, seeds, tasks), NEEDS[figure])
 
 # %% ../../nbs/6_running/02_tables.ipynb #d0cbc3eb
-KEPT = {'tiny': '', 'smollm2-short': 'smollm2'}  # runs whose figures the repository keeps -> their directory there
+# runs whose figures the repository keeps -> their directory in `figures/`
+KEPT = {'tiny': '', 'smollm2-short': 'smollm2'}
 def home(run: Run) -> Run:
     "The same run of its profile's task, whose figures are saved at the top level, not in a directory per task."
     return replace(run, task_name='')
