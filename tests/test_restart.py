@@ -62,12 +62,16 @@ def test_killed_five_times(tmp_path, task):
     assert results(killed) == results(run)
 
 
-SFT = ('sft.max_steps=16', 'sft.checkpoints=0,5,10,16')
+SFT = {
+    'smoke': ('sft.max_steps=16', 'sft.checkpoints=0,5,10,16'),
+    'smollm2-short': ('sft.max_steps=8', 'sft.checkpoints=0,3,8'),  # a real language model, a step takes seconds
+}
 
 
-def test_sft_killed_three_times(tmp_path):
+@pytest.mark.parametrize('profile, step', [('smoke', .25), pytest.param('smollm2-short', 4., marks=pytest.mark.long)])
+def test_sft_killed_three_times(tmp_path, profile, step):
     def begin(home):
-        run = Run('smoke', SFT, root=home/'runs')
+        run = Run(profile, SFT[profile], root=home/'runs')
         return run, job(sft_stage, run, keep_every=0)
 
     def made(run):
@@ -84,7 +88,7 @@ def test_sft_killed_three_times(tmp_path):
         kept = lambda: killed.path('partial', 'sft').glob('checkpoint-*/SHA256SUMS')
         done = lambda: max((int(p.parent.name.rpartition('-')[2]) for p in kept()), default=0)
         while process.is_alive() and done() <= last: time.sleep(.01)
-        time.sleep(rng.random() * .25)  # and then anywhere: in a backward pass, an update, a write
+        time.sleep(rng.random() * step)  # and then anywhere: in a backward pass, an update, a write
         assert process.is_alive(), 'it ended before it could be killed'
         process.kill(); process.join()
         assert not killed.table('losses').exists()

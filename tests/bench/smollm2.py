@@ -1,16 +1,18 @@
 """Tokens per second of a real language model, SmolLM2-135M-Instruct, in SFT, generation and PPO:
 
-    python tests/bench/smollm2.py [OLD_CHECKOUT] [--set KEY=VALUE ...]
+    python tests/bench/smollm2.py [OLD_CHECKOUT] [--only WHAT ...] [--set KEY=VALUE ...]
 
 On GeneralPoints with the brief prompt, unless --set says otherwise (JSON: task, options, batch, micro_batch, envs,
-max_new_tokens, threads, scale). Each checkout works in processes of its own, by turns, and counts its own tokens: in
-SFT those of training examples, else those of sampled answers.
+max_new_tokens, updates, threads, scale); --only names those to measure. Each checkout works in processes of its own, by turns, and
+counts its own tokens: in SFT those of training examples, else those of sampled answers. Each computes in the precision
+that its own profile has (--set 'scale={"precision": "float32"}' for the same one).
 Beside them stands a roofline: twice the parameters of the linear layers in multiplications and additions per token
 forward, three times that in training, at the rate at which this machine multiplies matrices of the model's size."""
 import argparse, json, os, statistics, subprocess, sys, time, warnings
 from pathlib import Path
 
 HERE = Path(__file__).parents[2]
+PARTS = ('sft', 'generation', 'ppo')
 
 
 def first(*places):
@@ -31,7 +33,10 @@ def measured(what, settings):
     task = first('tasks.protocol:load_task', 'tasks:load_task')(settings['task'], **settings['options'])
     problem_set = first('tasks.protocol:problem_set', 'tasks:problem_set')
     generate, encode = (first(f'training.generation:{f}', f'models:{f}') for f in ('generate', 'encode'))
-    scale = dict(sharding='none', precision='float32', gradient_checkpointing=False) | settings['scale']
+    load_profile = first('training.rules:load_profile', 'profiles:load_profile')
+    try: own = load_profile('smollm2-short')['scale']
+    except (KeyError, ValueError): own = load_profile('smollm2')['scale']  # a checkout from before the short one
+    scale = own | settings['scale']
     model, tok = load_model('smollm2', 'cpu', scale=scale)
     ticks = [time.perf_counter()]
     tick = lambda *_: ticks.append(time.perf_counter())
@@ -41,7 +46,7 @@ def measured(what, settings):
         for seed in range(3):
             tokens.append(sum(map(len, generate(model, tok, prompts, settings['max_new_tokens'], 1., seed)))); tick()
         return tokens[1:], ticks[1:]
-    profile = first('training.rules:load_profile', 'profiles:load_profile')('smollm2')
+    profile = load_profile('smollm2')
     if what == 'sft':
         as_dataset = first('tasks.gym:as_dataset', 'views:as_dataset')
         pairs = first('tasks.protocol:examples', 'tasks:examples')(task, 'train', settings['batch'] * 4, 0)
@@ -52,8 +57,9 @@ def measured(what, settings):
         # the steps read each example once; the last of them ends the training
         tokens = sum(map(len, tok(whole, add_special_tokens=False)['input_ids'])) / c['max_steps']
         return [tokens] * (len(ticks) - 2), ticks[1:]
-    c = profile['rl'] | dict(updates=3, envs=settings['envs'], turns=2, epochs=2, minibatch=settings['batch'],
-                             micro_batch=settings['micro_batch'], log_kl=False, threads=settings['threads'])
+    c = profile['rl'] | dict(updates=settings['updates'], envs=settings['envs'], turns=2, epochs=2,
+                             minibatch=settings['batch'], micro_batch=settings['micro_batch'], log_kl=False,
+                             threads=settings['threads'])
     log, _ = first('training.ppo:train_ppo', 'ppo:train_ppo')(
         model, tok, task, c, settings['max_new_tokens'], progress=tick)
     # what an update is: answers sampled, read with their prompts, and learnt from
@@ -73,12 +79,15 @@ def rate(checkout, what, settings):
 
 
 def roofline(settings):
-    "Tokens per second of the linear layers' products alone: (forward, forward and backward)."
+    "Tokens per second of the linear layers' products alone: (forward, forward and backward, in this type)."
     import torch
     from rlheals.training.models import load_model
     torch.set_num_threads(settings['threads'])
     model, _ = load_model('smollm2', 'cpu')
-    dtype = getattr(torch, settings['scale'].get('precision', 'float32'))
+    from rlheals.training.computing import computed_in
+    from rlheals.training.rules import load_profile
+    precision = (load_profile('smollm2-short')['scale'] | settings['scale'])['precision']
+    dtype = getattr(torch, computed_in(precision, 'cpu'))
     shapes = [m.weight.shape for m in model.modules() if isinstance(m, torch.nn.Linear)]
     tokens, took = 1024, 0.
     for out, into in set(shapes):
@@ -87,7 +96,7 @@ def roofline(settings):
         for _ in range(4):
             started = time.perf_counter(); x @ W; times.append(time.perf_counter() - started)
         took += min(times) * shapes.count((out, into))
-    return tokens / took, tokens / took / 3
+    return tokens / took, tokens / took / 3, dtype
 
 
 if __name__ == '__main__':
@@ -97,19 +106,20 @@ if __name__ == '__main__':
         sys.exit()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('old', nargs='?')
+    parser.add_argument('--only', nargs='+', choices=PARTS, default=PARTS)
     parser.add_argument('--set', action='append', default=[])
     args = parser.parse_args()
     settings = dict(task='general_points', options=dict(style='brief', tries=5), batch=16, micro_batch=8, envs=16,
-                    max_new_tokens=64, threads=os.cpu_count(), scale={})
+                    max_new_tokens=64, updates=3, threads=os.cpu_count(), scale={})
     for pair in args.set:
         key, _, value = pair.partition('=')
         try: settings[key] = json.loads(value)
         except ValueError: settings[key] = value
     checkouts = dict(old=Path(args.old).resolve()) if args.old else {}
     checkouts['new'] = HERE
-    forward, training = roofline(settings)
-    print(f'linear layers alone: {forward:.0f} tokens per second forward, {training:.0f} forward and backward')
-    for what in ('sft', 'generation', 'ppo'):
+    forward, training, dtype = roofline(settings)
+    print(f'linear layers alone, {dtype}: {forward:.0f} tokens per second forward, {training:.0f} forward and backward')
+    for what in args.only:
         rates = {name: [] for name in checkouts}
         for _ in range(2):  # by turns, so that whatever else the machine does slows both
             for name, checkout in checkouts.items(): rates[name].append(rate(checkout, what, settings))
