@@ -37,11 +37,28 @@ def all_reduce_sum(x):
     return reduce(x, 'sum')
 
 # %% ../../nbs/0_core/03_distributed.ipynb #8e7861f8
+@contextmanager
+def _converted(model, dtype):
+    from torch import nn, float32
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.dtype == float32]
+    whole = [m.weight for m in layers]
+    try:
+        for m in layers: m.weight = nn.Parameter(m.weight.to(dtype), requires_grad=False)
+        yield
+    finally:
+        for m, weight in zip(layers, whole): m.weight = weight
+
+# %% ../../nbs/0_core/03_distributed.ipynb #5e3be625
+@contextmanager
 def computing(model):
-    "A context in which a model computes in the precision it was loaded for; sharded models do so by themselves."
+    """A context in which a model computes in the precision it was loaded for; sharded models do so by themselves.
+
+    Without gradients, the weights of its linear layers are converted once, and not again for each token."""
     import torch
     dtype = getattr(model, 'computes_in', None)
-    return nullcontext() if dtype is None or is_sharded(model) else torch.autocast(model.device.type, dtype)
+    if dtype is None or is_sharded(model): yield; return
+    with torch.autocast(model.device.type, dtype), nullcontext() if torch.is_grad_enabled() else _converted(model, dtype):
+        yield
 
 # %% ../../nbs/0_core/03_distributed.ipynb #aefa76f8
 def in_step(

@@ -52,34 +52,40 @@ def logprobs_and_values(
     answers: list[list[int]],  # B answers (may be empty: then only the value means anything)
     temperature: float = 1.,  # at which the answers were sampled
     rows: int = 32,  # sequences at a time, like lengths together; fewer if memory runs out
+    entropy_gradients: bool = True,  # whether gradients pass through the entropy as well
 ):
     """(log-probability (B,) summed over the answer, mean entropy (B,) of its tokens, value (B,) or None).
 
     With gradients through a sharded model, all answers take one pass, as all processes must take the same passes."""
     import torch
-    if is_sharded(model) and torch.is_grad_enabled(): return _forward(model, head, contexts, answers, temperature)
+    more = temperature, entropy_gradients
+    if is_sharded(model) and torch.is_grad_enabled(): return _forward(model, head, contexts, answers, *more)
     read, groups = nested_inputs(contexts, answers)
     groups.sort(key=lambda g: len(read[g[-1]]))
     def part(some):
         these = [i for g in some for i in g]
-        return _forward(model, head, [contexts[i] for i in these], [answers[i] for i in these], temperature)
+        return _forward(model, head, [contexts[i] for i in these], [answers[i] for i in these], *more)
     parts = in_parts(part, groups, rows, 'scoring')
     back = torch.tensor([i for g in groups for i in g], device=model.device).argsort()
     return tuple(torch.cat(p)[back] if p[0] is not None else None for p in zip(*parts))
 
 # %% ../../nbs/2_training/13_logprobs.ipynb #fceb613c
-def _forward(model, head, contexts, answers, temperature):  # `logprobs_and_values` in one pass
+def _forward(model, head, contexts, answers, *more):  # `logprobs_and_values` in one pass
     recompute(model)
-    with computing(model): total, entropy, last = in_step(model, _score)(contexts, answers, temperature)
+    with computing(model): total, entropy, last = in_step(model, _score)(contexts, answers, *more)
     return total, entropy, None if head is None else head(last.float())[:, 0]
 
 # %% ../../nbs/2_training/13_logprobs.ipynb #e5d1663b
-def _score(model, contexts, answers, temperature):  # (log-probability (B,), entropy (B,), last hidden state (B, h))
+# (log-probability (B,), entropy (B,), last hidden state (B, h))
+def _score(model, contexts, answers, temperature, entropy_gradients):
     import torch
     logits, tokens, of, n, last = _logits(model, contexts, answers)
-    logp, N, zeros = (logits / temperature).log_softmax(-1), len(tokens), torch.zeros(len(n), device=model.device)
-    total = zeros.index_add(0, of, logp[:N].gather(1, tokens[:, None])[:, 0])
-    entropy = zeros.index_add(0, of, -(logp.exp() * logp).sum(-1)[:N]) / n.clamp(min=1)
+    N, zeros = len(tokens), torch.zeros(len(n), device=model.device)
+    logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+    tokens = torch.nn.functional.pad(tokens, (0, len(logp) - N))  # each copy of `logp` counts with a large vocabulary
+    total = zeros.index_add(0, of, logp.gather(1, tokens[:, None])[:N, 0])
+    with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradients):
+        entropy = zeros.index_add(0, of, -(logp.exp() * logp).sum(-1)[:N]) / n.clamp(min=1)
     return total, entropy, last
 
 # %% ../../nbs/2_training/13_logprobs.ipynb #c4da32cb

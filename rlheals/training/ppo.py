@@ -197,7 +197,7 @@ def add_gradients(
     stats = {}
     for some, n in local_passes(minibatch, rows):
         contexts, answers = ([batch[k][i] for i in some] for k in ('contexts', 'answers'))
-        now = logprobs_and_values(model, head, contexts, answers, c['temperature'], rows)
+        now = logprobs_and_values(model, head, contexts, answers, c['temperature'], rows, c['entropy_coef'] > 0)
         old = [batch[k][some] for k in ('logprobs', 'normalised', 'returns', 'values')]
         loss, part = ppo_loss(*now, *old, c)
         (loss * n / len(minibatch)).backward()

@@ -3,7 +3,7 @@
     python tests/bench/smollm2.py [OLD_CHECKOUT] [--only WHAT ...] [--set KEY=VALUE ...]
 
 On GeneralPoints with the brief prompt, unless --set says otherwise (JSON: task, options, batch, micro_batch, envs,
-max_new_tokens, updates, threads, scale); --only names those to measure. Each checkout works in processes of its own, by turns, and
+max_new_tokens, turns, updates, threads, scale); --only names those to measure. Each checkout works in processes of its own, by turns, and
 counts its own tokens: in SFT those of training examples, else those of sampled answers. Each computes in the precision
 that its own profile has (--set 'scale={"precision": "float32"}' for the same one).
 Beside them stands a roofline: twice the parameters of the linear layers in multiplications and additions per token
@@ -57,7 +57,7 @@ def measured(what, settings):
         # the steps read each example once; the last of them ends the training
         tokens = sum(map(len, tok(whole, add_special_tokens=False)['input_ids'])) / c['max_steps']
         return [tokens] * (len(ticks) - 2), ticks[1:]
-    c = profile['rl'] | dict(updates=settings['updates'], envs=settings['envs'], turns=2, epochs=2,
+    c = profile['rl'] | dict(updates=settings['updates'], envs=settings['envs'], turns=settings['turns'], epochs=2,
                              minibatch=settings['batch'], micro_batch=settings['micro_batch'], log_kl=False,
                              threads=settings['threads'])
     log, _ = first('training.ppo:train_ppo', 'ppo:train_ppo')(
@@ -110,7 +110,7 @@ if __name__ == '__main__':
     parser.add_argument('--set', action='append', default=[])
     args = parser.parse_args()
     settings = dict(task='general_points', options=dict(style='brief', tries=5), batch=16, micro_batch=8, envs=16,
-                    max_new_tokens=64, updates=3, threads=os.cpu_count(), scale={})
+                    max_new_tokens=64, turns=2, updates=3, threads=os.cpu_count(), scale={})
     for pair in args.set:
         key, _, value = pair.partition('=')
         try: settings[key] = json.loads(value)
