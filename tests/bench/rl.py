@@ -1,10 +1,10 @@
 """What makes RL fast here, beside the usual ways: python tests/bench/rl.py [threads] prints ratios measured in one run,
 and where the time of a PPO update goes."""
-import cProfile, os, pstats, statistics, sys, time, warnings
+import os, statistics, sys, time, warnings
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 warnings.filterwarnings('ignore')
 import torch
-from measure import seconds
+from measure import LinearLayers, products_alone, seconds
 from rlheals.training.grpo import train_grpo
 from rlheals.training.computing import set_up_torch
 from rlheals.training.generation import encode
@@ -52,29 +52,6 @@ grpo = c['grpo'] | dict(updates=4)
 assert ppo['envs'] * ppo['turns'] == grpo['responses'] and ppo['epochs'] == grpo['epochs']
 
 
-class LinearLayers(torch.overrides.TorchFunctionMode):
-    "Notes the shapes of all linear layers' products, and whether gradients pass through them."
-    def __init__(self): super().__init__(); self.seen = []
-    def __torch_function__(self, f, types, args=(), kwargs=None):
-        if f is torch.nn.functional.linear:
-            x, W = args[:2]
-            self.seen.append((x.numel() // x.shape[-1], *W.shape[::-1], torch.is_grad_enabled()))
-        return f(*args, **(kwargs or {}))
-
-
-def products_alone(shapes):
-    "Seconds of the matrix products of these layers, forward and, where gradients pass, backward, and of nothing else."
-    made = {}
-    for m, k, n, _ in shapes:
-        if (m, k, n) not in made: made[m, k, n] = torch.randn(m, k), torch.randn(k, n), torch.randn(m, n)
-    started = time.perf_counter()
-    for m, k, n, trained in shapes:
-        x, W, y = made[m, k, n]
-        torch.mm(x, W)
-        if trained: torch.mm(y, W.T); torch.mm(x.T, y)
-    return time.perf_counter() - started
-
-
 def updates(train, task, settings):
     "Seconds of each update after the first, which pays for setting up."
     ticks = []
@@ -95,6 +72,7 @@ for style, what in (
         f"an update of {grpo['responses']} responses, {ppo['epochs']} epochs, {what}: PPO here {ours:.2f} s, TRL's "
         f"GRPOTrainer {theirs:.2f} s, {theirs / ours:.1f} times as long"
     )
+    if style == 'brief': short = theirs
     ends = []
     with LinearLayers() as layers:
         train_ppo(fresh()[0], tok, task, ppo, 40, progress=lambda *_: ends.append(len(layers.seen)))
@@ -109,15 +87,21 @@ for _ in range(3): taken += updates(train_ppo, task, c['rl'] | dict(updates=4))
 print(f"an update of the default job, {c['rl']['envs'] * c['rl']['turns']} responses: {statistics.median(taken):.2f} s")
 
 task = load_task('general_points', style='brief', tries=1)
-profile = cProfile.Profile()
-learner = fresh()[0]
-profile.runcall(train_ppo, learner, tok, task, ppo, 40)
-stats = pstats.Stats(profile).stats
-spent = lambda *names: sum(cumulative for (file, _, name), (_, _, _, cumulative, _) in stats.items() if name in names)
-total, backward = (
-    spent('train_ppo'),
-    spent('run_backward') or spent("<method 'run_backward' of 'torch._C._EngineBase' objects>"),
+ticks, took = [], torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+
+def watched(done, total):
+    "The third update goes through the profiler, which makes it a little slower."
+    ticks.append(time.perf_counter())
+    if done == 2: took.start()
+    if done == 3: took.stop()
+
+
+train_ppo(fresh()[0], tok, task, ppo, 40, progress=watched)
+own = {e.key: e.self_cpu_time_total / 1e6 for e in took.key_averages() if not e.key.startswith('ProfilerStep')}
+products = sum(own.get(f'aten::{f}', 0.) for f in ('mm', 'addmm', 'bmm', 'baddbmm'))
+print(
+    f'where an update of {ticks[2] - ticks[1]:.2f} s goes: matrix products {products:.2f} s, all other operators of '
+    f"PyTorch {sum(own.values()) - products:.2f} s, the rest is Python's; with the operators alone, PPO would be "
+    f'{short / sum(own.values()):.1f} times as fast as TRL'
 )
-parts = dict(generation=spent('_generate'), forward=spent('_score'), backward=backward, optimiser=spent('step') / 2)
-parts['the rest (Python)'] = max(0., total - sum(parts.values()))
-print('of PPO, with setting up: ' + ', '.join(f'{k} {100 * v / total:.0f} %' for k, v in parts.items()))

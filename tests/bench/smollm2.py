@@ -3,9 +3,9 @@
     python tests/bench/smollm2.py [OLD_CHECKOUT] [--only WHAT ...] [--set KEY=VALUE ...]
 
 On GeneralPoints with the brief prompt, unless --set says otherwise (JSON: task, options, batch, micro_batch, envs,
-max_new_tokens, turns, updates, threads, scale); --only names those to measure. Each checkout works in processes of its own, by turns, and
-counts its own tokens: in SFT those of training examples, else those of sampled answers. Each computes in the precision
-that its own profile has (--set 'scale={"precision": "float32"}' for the same one).
+max_new_tokens, turns, updates, threads, scale); --only names those to measure. Each checkout works in processes of its
+own, by turns, and counts its own tokens: in SFT those of training examples, else those of sampled answers. Each
+computes in the precision that its own profile has (--set 'scale={"precision": "float32"}' for the same one).
 Beside them stands a roofline: twice the parameters of the linear layers in multiplications and additions per token
 forward, three times that in training, at the rate at which this machine multiplies matrices of the model's size."""
 import argparse, json, os, statistics, subprocess, sys, time, warnings
@@ -60,11 +60,23 @@ def measured(what, settings):
     c = profile['rl'] | dict(updates=settings['updates'], envs=settings['envs'], turns=settings['turns'], epochs=2,
                              minibatch=settings['batch'], micro_batch=settings['micro_batch'], log_kl=False,
                              threads=settings['threads'])
-    log, _ = first('training.ppo:train_ppo', 'ppo:train_ppo')(
-        model, tok, task, c, settings['max_new_tokens'], progress=tick)
+    train = first('training.ppo:train_ppo', 'ppo:train_ppo')
+    if what == 'products': return products(train, model, tok, task, c, settings)
+    log, _ = train(model, tok, task, c, settings['max_new_tokens'], progress=tick)
     # what an update is: answers sampled, read with their prompts, and learnt from
     answers = log[log.metric == 'response_tokens'].value * c['envs'] * c['turns']
     return answers.tolist()[1:], ticks[1:]
+
+
+def products(train, model, tok, task, c, settings):
+    "As for an update of PPO, with nothing but the matrix products of its linear layers."
+    sys.path.append(str(Path(__file__).parent))
+    from measure import LinearLayers, products_alone
+    ends = []
+    note = lambda *_: ends.append(len(layers.seen))
+    with LinearLayers() as layers: log, _ = train(model, tok, task, c, settings['max_new_tokens'], progress=note)
+    took = products_alone(layers.seen[ends[0]:ends[1]], getattr(model, 'computes_in', model.dtype))
+    return [log[log.metric == 'response_tokens'].value.iloc[1] * c['envs'] * c['turns']], [0., took]
 
 
 def rate(checkout, what, settings):
@@ -127,3 +139,4 @@ if __name__ == '__main__':
         ratio = f", {rates['new'] / rates['old']:.2f} times" if args.old else ''
         said = ', '.join(f'{name} {r:.0f}' for name, r in rates.items())
         print(f'{what}: {said} tokens per second{ratio}', flush=True)
+        if what == 'ppo': print(f"  the products of its linear layers alone: {rate(HERE, 'products', settings):.0f}")
