@@ -57,8 +57,8 @@ def computing(model):
     import torch
     dtype = getattr(model, 'computes_in', None)
     if dtype is None or is_sharded(model): yield; return
-    with torch.autocast(model.device.type, dtype), nullcontext() if torch.is_grad_enabled() else _converted(model, dtype):
-        yield
+    once = nullcontext() if torch.is_grad_enabled() else _converted(model, dtype)
+    with torch.autocast(model.device.type, dtype), once: yield
 
 # %% ../../nbs/0_core/03_distributed.ipynb #aefa76f8
 def in_step(
