@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from conftest import rlheals
 from rlheals.core.environment import ChainError
+from rlheals.core.prefork import command, server
 from rlheals.running.tables import figures_dir
 from rlheals.running.workflow import execute
 from rlheals.analysis.evaluation import evaluation_parts, metrics_of
@@ -33,13 +34,21 @@ def stamps(run):
     }
 
 
-def papermill(notebook, cwd, **parameters):
-    "Execute a notebook of the chain with the profile `smoke`, as `papermill` on the command line does."
+def papermill(notebook, cwd, environment=None, **parameters):
+    """Execute a notebook of the chain with the profile `smoke`, as `papermill` on the command line does; in the
+    environment of a server, as a job of a run."""
     flags = [x for k, v in dict(profile='smoke', **parameters).items() for x in ('-p', k, str(v))]
     source = ROOT/'nbs'/'paper'/f'{notebook}.ipynb'
-    words = [sys.executable, '-m', 'papermill', str(source), f'{notebook}.out.ipynb', *flags]
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True)
+    python_m = command() if environment else [sys.executable, '-m']
+    words = [*python_m, 'papermill', str(source), f'{notebook}.out.ipynb', *flags]
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, env=os.environ | (environment or {}))
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope='module')
+def jobs():
+    "The environment of a server for several jobs: one import of what they need."
+    with server(['training', 'model', 'drawing'], os.environ | dict(HF_HUB_OFFLINE='1')) as found: yield found
 
 
 def names(run, paths): return {str(p.relative_to(run.dir)).replace('general_points/seed0/', '') for p in paths}
@@ -289,9 +298,9 @@ def test_two_runs_do_not_mix(home, run):
         ('06_figures', dict(figure='F1')),
     ],
 )
-def test_each_notebook_runs_alone(home, tmp_path, notebook, parameters):
+def test_each_notebook_runs_alone(home, jobs, tmp_path, notebook, parameters):
     shutil.copytree(home/'runs'/'smoke', tmp_path/'runs'/'smoke')
-    papermill(notebook, tmp_path, **parameters)
+    papermill(notebook, tmp_path, jobs, **parameters)
 
 
 def test_a_notebook_alone_makes_what_it_needs(tmp_path):

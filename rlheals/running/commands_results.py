@@ -98,7 +98,8 @@ def claims(
 # %% ../../nbs/6_running/19_commands_results.ipynb #296544d1
 def _one_seed(run):  # where the effects of a run with one seed are published, if they are
     from rlheals.running.tables import home, published_dir
-    file = published_dir(home(run))/'one_seed.csv'
+    try: file = published_dir(home(run))/'one_seed.csv'
+    except ValueError: return ''  # the settings are what is wrong
     return f'\nWhat its one seed shows is in {os.path.relpath(file)} (nbs/5_beyond/23_one_seed.ipynb).' * file.exists()
 
 # %% ../../nbs/6_running/19_commands_results.ipynb #f2c9c5d3
@@ -209,19 +210,21 @@ def stage(
 # %% ../../nbs/6_running/19_commands_results.ipynb #d2ff92d3
 @app.command()
 def test():
-    "Run the tests: those in the notebooks (nbdev_test), then those in tests/ (pytest)."
+    "Run the tests: those in the notebooks (nbdev_test), beside those in tests/ (pytest)."
+    import shutil, tempfile
     from rlheals.core.environment import ROOT
     # threads that wait sleep: tests side by side have more of them than cores, and spinning takes ten times as long
     env = os.environ | dict(HF_HUB_OFFLINE='1', OMP_WAIT_POLICY='passive')
-    bin = Path(sys.executable).parent
+    how = dict(cwd=ROOT, env=env)
+    chapters = [str(Path(sys.executable).parent/'nbdev_test'), '--n_workers', '1', '--do_print', '--timing']
     # a file goes to one process, which makes its fixtures once; in the order of their names, because the chain's
     # tests, the longest, are then among the first
     parallel = ['-n', 'logical', '--maxprocesses', '4', '--dist', 'loadfile', '--no-loadscope-reorder']
-    commands = [
-        [str(bin / 'nbdev_test'), '--n_workers', '2', '--do_print', '--timing'],
-        [sys.executable, '-m', 'pytest', 'tests', *parallel, '--durations', '25', '-m', 'not long and not hours'],
-    ]
-    codes = [subprocess.run(c, cwd=ROOT, env=env).returncode for c in commands]
+    tests = [sys.executable, '-m', 'pytest', 'tests', *parallel, '--durations', '25', '-m', 'not long and not hours']
+    # neither of them keeps all cores busy to its end; what the notebooks print comes when both have ended
+    with tempfile.TemporaryFile('w+') as said, subprocess.Popen(chapters, stdout=said, stderr=said, **how) as beside:
+        codes = [subprocess.run(tests, **how).returncode, beside.wait()]
+        said.seek(0); shutil.copyfileobj(said, sys.stdout)
     raise typer.Exit(max(codes))
 
 # %% ../../nbs/6_running/19_commands_results.ipynb #1d10a7ff

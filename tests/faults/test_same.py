@@ -52,16 +52,20 @@ def test_a_run_of_a_real_model_killed_three_times(tmp_path, say):
             cwd=home, stdout=subprocess.DEVNULL, env=os.environ | dict(HF_HUB_OFFLINE='1'), start_new_session=True,
         )
 
-    made = lambda home: results(Run('smollm2-short', SMOLLM2, root=home/'runs'))
-    start = time.time()
-    assert begin(tmp_path/'whole').wait() == 0
-    took, rng, killed, total = time.time() - start, random.Random(0), [], len(made(tmp_path/'whole'))
+    run = lambda home: Run('smollm2-short', SMOLLM2, root=home/'runs')
+    def kept(home):
+        "What another start goes on from."
+        return {p for p in run(home).dir.rglob('*') if p.suffix in ('.parquet', '.safetensors', '.pt')}
+
+    whole, killed, rng, had = tmp_path/'whole', tmp_path/'killed', random.Random(0), []
+    assert begin(whole).wait() == 0
     for _ in range(3):
-        process = begin(tmp_path/'killed')
-        time.sleep(rng.uniform(.15, .4) * took)
+        before, process = kept(killed), begin(killed)
+        while process.poll() is None and kept(killed) <= before: time.sleep(.2)
+        time.sleep(rng.random() * 5)
         assert process.poll() is None, 'it ended before it could be killed'
         os.killpg(process.pid, signal.SIGKILL); process.wait()
-        killed.append(len(made(tmp_path/'killed')))
-    assert begin(tmp_path/'killed').wait() == 0
-    assert made(tmp_path/'killed') == made(tmp_path/'whole')
-    say(f'a run of a real model, killed when it had made {killed} of {total} files: the same bytes')
+        had.append(len(results(run(killed))))
+    assert begin(killed).wait() == 0
+    assert results(run(killed)) == results(run(whole))
+    say(f'a run of a real model, killed when it had made {had} of {len(results(run(whole)))} files: the same bytes')
