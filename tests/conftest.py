@@ -31,7 +31,6 @@ def linear(seconds, n, slack=.02):
     long. A linear reader may take much longer once, where it first asks the system for memory; a quadratic one takes
     four times as long every time. Less than `slack` seconds is linear."""
     def once(size):
-        gc.collect()
         gc.disable()  # what else the process keeps is not the reader's time
         try: return min(seconds(size) for _ in range(3))
         finally: gc.enable()
