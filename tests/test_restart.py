@@ -63,7 +63,7 @@ def test_killed_five_times(tmp_path, task):
 
 
 SFT = {
-    'smoke': ('sft.max_steps=16', 'sft.checkpoints=0,5,10,16'),
+    'smoke': ('sft.max_steps=24', 'sft.checkpoints=0,8,16,24'),
     'smollm2-short': ('sft.max_steps=8', 'sft.checkpoints=0,3,8'),  # a real language model, a step takes seconds
 }
 
