@@ -53,15 +53,12 @@ def test_a_run_of_a_real_model_killed_three_times(tmp_path, say):
         )
 
     run = lambda home: Run('smollm2-short', SMOLLM2, root=home/'runs')
-    def kept(home):
-        "What another start goes on from."
-        return {p for p in run(home).dir.rglob('*') if p.suffix in ('.parquet', '.safetensors', '.pt')}
-
     whole, killed, rng, had = tmp_path/'whole', tmp_path/'killed', random.Random(0), []
     assert begin(whole).wait() == 0
-    for _ in range(3):
-        before, process = kept(killed), begin(killed)
-        while process.poll() is None and kept(killed) <= before: time.sleep(.2)
+    # in SFT, in RL, and when the first RL has ended
+    for there in ('partial/sft/*', 'partial/rl-*', 'tables/rl-*'):
+        process = begin(killed)
+        while process.poll() is None and not [*run(killed).path().glob(there)]: time.sleep(.2)
         time.sleep(rng.random() * 5)
         assert process.poll() is None, 'it ended before it could be killed'
         os.killpg(process.pid, signal.SIGKILL); process.wait()
