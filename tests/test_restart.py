@@ -63,13 +63,13 @@ def test_killed_five_times(tmp_path, task):
 
 
 SFT = {
-    'smoke': ('sft.max_steps=24', 'sft.checkpoints=0,8,16,24'),
+    'smoke': ('sft.max_steps=16', 'sft.checkpoints=0,5,10,16'),
     'smollm2-short': ('sft.max_steps=8', 'sft.checkpoints=0,3,8'),  # a real language model, a step takes seconds
 }
 
 
-@pytest.mark.parametrize('profile, step', [('smoke', .25), pytest.param('smollm2-short', 4., marks=pytest.mark.long)])
-def test_sft_killed_three_times(tmp_path, profile, step):
+@pytest.mark.parametrize('profile, wait', [('smoke', .25), pytest.param('smollm2-short', 4., marks=pytest.mark.long)])
+def test_sft_killed_three_times(tmp_path, profile, wait):
     def begin(home):
         run = Run(profile, SFT[profile], root=home/'runs')
         return run, job(sft_stage, run, keep_every=0)
@@ -88,7 +88,7 @@ def test_sft_killed_three_times(tmp_path, profile, step):
         kept = lambda: killed.path('partial', 'sft').glob('checkpoint-*/SHA256SUMS')
         done = lambda: max((int(p.parent.name.rpartition('-')[2]) for p in kept()), default=0)
         while process.is_alive() and done() <= last: time.sleep(.01)
-        time.sleep(rng.random() * step)  # and then anywhere: in a backward pass, an update, a write
+        time.sleep(rng.random() * wait)  # and then anywhere: in a backward pass, an update, a write
         assert process.is_alive(), 'it ended before it could be killed'
         process.kill(); process.join()
         assert not killed.table('losses').exists()
