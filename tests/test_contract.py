@@ -80,7 +80,7 @@ def test_what_counts_as_linear():
 
 @every_task
 @pytest.mark.parametrize('kind', BIG)
-def test_half_a_megabyte_is_read_in_linear_time(name, style, kind):
+def test_a_megabyte_is_read_in_linear_time(name, style, kind):
     "No text can hang a verifier."
     task = load_task(name, style=style)
     p = task.sample(seeded(1), 'train')
@@ -92,7 +92,7 @@ def test_half_a_megabyte_is_read_in_linear_time(name, style, kind):
         assert not v.correct and parts_add_up(v)
         return taken
 
-    assert linear(seconds, 250_000)
+    assert linear(seconds, 500_000)
 
 
 @every_task

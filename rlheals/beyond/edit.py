@@ -11,7 +11,7 @@ import json, re, shlex, shutil, subprocess
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from ..core.files import SUMS, complete, need_room
+from ..core.files import SUMS, complete, need_room, write_record
 from ..core.randomness import hash64
 from ..training.computing import pick_device
 from ..training.models import is_gguf
@@ -253,7 +253,7 @@ def undo(
             value = measure(evaluate, folder)
             done.append(dict(edit=name, share=share, value=value))
             with complete(file) as tmp: pd.DataFrame(done).to_csv(tmp, index=False)
-            with complete(file.with_suffix('.json')) as tmp: tmp.write_text(json.dumps(dict(asked=asked), indent=1))
+            write_record(file.with_suffix('.json'), dict(asked=asked))
             where = f', {100 * share:g} %' if name in (take, *CONTROLS) else ''
             say(f'{i + 1} of {len(points)}: {name}{where}: {value:g}')
         shutil.rmtree(out/'checkpoint')

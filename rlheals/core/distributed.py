@@ -38,7 +38,7 @@ def all_reduce_sum(x):
 
 # %% ../../nbs/0_core/03_distributed.ipynb #8e7861f8
 @contextmanager
-def _converted(model, dtype):
+def _converted(model, dtype):  # its linear layers with weights of another type; a tied embedding keeps its own
     from torch import nn, float32
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.dtype == float32]
     whole = [m.weight for m in layers]

@@ -75,7 +75,7 @@ def claims(
         if not published: used = check_ledger(run, tasks or [run.task_name], seeds)
         data = read_published(run, asked, earlier=True) if published else read_run(run, used)
         found, _ = judge_tasks(data)
-    except ValueError as e: fail(f'{e}{_one_seed(run)}')
+    except ValueError as e: fail(e)
     except ChainError as e: fail(e, 1)
     _show(found[found.task.isin(asked or [*data])], console)
     if published and earlier_settings(run, asked):
@@ -94,13 +94,6 @@ def claims(
             'written: ledger.csv, ledger_parts.csv, ledger.md, ledger.npz and ledger.json in '
             f'{os.path.relpath(save_ledger(run, data, used))}'
         )
-
-# %% ../../nbs/6_running/19_commands_results.ipynb #296544d1
-def _one_seed(run):  # where the effects of a run with one seed are published, if they are
-    from rlheals.running.tables import home, published_dir
-    try: file = published_dir(home(run))/'one_seed.csv'
-    except ValueError: return ''  # the settings are what is wrong
-    return f'\nWhat its one seed shows is in {os.path.relpath(file)} (nbs/5_beyond/23_one_seed.ipynb).' * file.exists()
 
 # %% ../../nbs/6_running/19_commands_results.ipynb #f2c9c5d3
 def _show(found, console):

@@ -61,6 +61,11 @@ def tasks_to_judge(
         except ValueError: return False  # the task does not have the settings that this run changes
     return [t for t in TASKS if t in asked or enough(t)] + [t for t in asked if t not in TASKS]
 
+# %% ../../nbs/6_running/11_ledger.ipynb #6b6f1e29
+def _one_seed(run):  # where the effects of a run with one seed are published, if they are
+    file = published_dir(home(run))/'one_seed.csv'
+    return f'\nWhat its one seed shows is in {os.path.relpath(file)} (nbs/5_beyond/23_one_seed.ipynb).' * file.exists()
+
 # %% ../../nbs/6_running/11_ledger.ipynb #627237fc
 def check_ledger(
     run: Run,  # run to judge
@@ -75,7 +80,7 @@ def check_ledger(
             f'--seeds must be at least {SEEDS} (seed 0 for selection, three to be judged) or 0 for all, got {seeds}'
         )
     for r in variants(run, 1, tasks):
-        if lack := judgeable(r): raise ValueError(f'the ledger cannot be made from this run: {lack}')
+        if lack := judgeable(r): raise ValueError(f'the ledger cannot be made from this run: {lack}{_one_seed(run)}')
     out = {
         t: seeds or max(SEEDS, seeds_there(replace(run, task_name=t)), _judged_before(run, t))
         for t in tasks or [run.task_name]

@@ -69,7 +69,7 @@ def measured(what, settings):
 
 
 def products(train, model, tok, task, c, settings):
-    "As for an update of PPO, with nothing but the matrix products of its linear layers."
+    "As `measured` of one update of PPO, with the time of the matrix products of its linear layers and of nothing else."
     sys.path.append(str(Path(__file__).parent))
     from measure import LinearLayers, products_alone
     ends = []
