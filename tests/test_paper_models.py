@@ -208,7 +208,7 @@ def by_hand(name, stage, found, model):
     new = c['model']['max_new_tokens']
     context = n.prompt + (c['task']['tries'] - 1) * (new + n.followup)
     if stage == 'sft': rows, L, scored = c['sft']['batch_size'] // GPUS, n.prompt + n.answer, n.answer
-    else: rows, L, scored = c['rl']['micro_batch'], context + new, new
+    else: rows, L, scored = c['rl']['micro_batch'], context + new, new * min(c['rl']['turns'], c['task']['tries'])
     inputs = len(used) * rows * L * tokens.shape[1] * width
     arrays = LOGITS * rows * scored * len(head) * 4
     training = inputs + 3 * kept_by_a_layer(name, rows, L) + arrays + gathered

@@ -164,10 +164,12 @@ KERNELS = .15 * 2**30  # times the log of the number of passes, on a CPU (fitted
 MEASURED = ('sft', 'rl', 'grpo', 'baselines', 'evaluate')  # stages whose memory is estimated
 # `parts`: name -> bytes; of `activations` and `cache` only the larger counts in the total
 MemoryEstimate = namedtuple('MemoryEstimate', 'parts total')
+# heads of keys that attention keeps: fused, it may get a copy for each head of queries; see `share_keys`
+def _attended(s, fused): return s.heads if fused else s.kv_heads
 # bytes that a layer keeps for backward, per token of a sequence of length L; its two norms compute in float32
 def _kept(s, L, width, fused):
     return 4 * 2 * s.hidden + width * (
-        5 * s.hidden + 3 * s.heads * s.head_dim + 4 * s.mlp + (0 if fused else s.heads * L)
+        5 * s.hidden + (s.heads + 2 * _attended(s, fused)) * s.head_dim + 4 * s.mlp + (0 if fused else s.heads * L)
     )
 def half(
     c: dict,  # settings of a run
@@ -188,7 +190,7 @@ def _reading(s, rows, shared, L, answer, c, width, fused):
     return (
         _activations(s, rows, L - shared, L, c, width, fused)
         + _activations(s, 1, shared, shared, c, width, fused)
-        + (s.layers - s.skipped) * rows * shared * 2 * (s.heads + s.kv_heads) * s.head_dim * width
+        + (s.layers - s.skipped) * rows * shared * 2 * (_attended(s, fused) + s.kv_heads) * s.head_dim * width
         + LOGITS * rows * answer * s.vocab * 4
     )
 
@@ -263,7 +265,8 @@ def estimate_memory(
             if r['log_kl']: out['start'] = s.parameters * b / shards
             rows, L = min(r['micro_batch'], -(-r['minibatch'] // devices)), context + new
             shared = read_once(c, n)
-            out['activations'] = _reading(s, rows, shared, L, new, c, width, gpu)
+            answers = new * min(r['turns'], asks)  # of one episode, which are read together
+            out['activations'] = _reading(s, rows, shared, L, answers, c, width, gpu)
             out['cache'] = (
                 sampling(-(-r['envs'] // devices)) if r['engine'] != 'vllm' else max(0.3 * room, 2 * s.parameters)
             )

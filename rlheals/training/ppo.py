@@ -86,20 +86,18 @@ def collect(
         episodes = [envs.episodes[i] for i in is_open]
         prompts = [encode(tokenizer, e.turns) for e in episodes]
         next_values = torch.zeros(len(envs.episodes), device=model.device)
+        # without gradients there is room for more
+        score = lambda *said: logprobs_and_values(model, head, *said, c['temperature'], 2 * c['micro_batch'])
         if engine is None and model.dtype == torch.float32 and not hasattr(model, 'computes_in'):
             by_place = [of[i] for of in seen for i in range(len(of))]
             logprobs, hidden = torch.tensor([p for p, _ in by_place]), torch.stack([h for _, h in by_place])
-            values, after = head(hidden)[:, 0], {}
-            if is_open:  # one token each, for the states of the prompts
-                generate(model, tokenizer, prompts, 1, kept=kept, names=[id(e) for e in episodes], seen=after)
-                next_values[is_open] = head(torch.stack([after[k][1] for k in range(len(prompts))]))[:, 0]
+            values = head(hidden)[:, 0]
         else:  # in bfloat16 a sum over an answer's tokens differs too much from the one that has gradients
-            rows = 2 * c['micro_batch']  # without gradients there is room for more
-            logprobs, _, values = logprobs_and_values(
-                model, head, batch['contexts'], batch['answers'], c['temperature'], rows
-            )
-            if is_open:
-                next_values[is_open] = logprobs_and_values(model, head, prompts, [[]] * len(prompts), rows=rows)[2]
+            logprobs, _, values = score(batch['contexts'], batch['answers'])
+        if is_open and engine is None:  # one token each, for the states of the prompts
+            generate(model, tokenizer, prompts, 1, kept=kept, names=[id(e) for e in episodes], seen=(after := {}))
+            next_values[is_open] = head(torch.stack([after[k][1] for k in range(len(prompts))]).float())[:, 0]
+        elif is_open: next_values[is_open] = score(prompts, [[]] * len(prompts))[2]
     batch |= dict(logprobs=logprobs.tolist(), values=values.tolist(), rewards=[v.reward for v in batch['verdicts']])
     ends = dict(solved=batch.pop('solved'), next_values=next_values.tolist())
     batch = gather_batch(batch, c['turns']) | gather_batch(ends, 1)
@@ -191,17 +189,19 @@ def add_gradients(
     batch: dict,  # from `add_advantages`
     minibatch: list[int],  # places in it
     c: dict,  # settings: temperature, and those of `ppo_loss`
-    rows: int,  # actions in one pass
+    rows: int,  # sequences in one pass: turns of one episode are one
 ) -> dict:
     "Backpropagate the loss of this process's share of a minibatch; the share's part of the statistics."
-    stats = {}
-    for some, n in local_passes(minibatch, rows):
-        contexts, answers = ([batch[k][i] for i in some] for k in ('contexts', 'answers'))
-        now = logprobs_and_values(model, head, contexts, answers, c['temperature'], rows, c['entropy_coef'] > 0)
-        old = [batch[k][some] for k in ('logprobs', 'normalised', 'returns', 'values')]
+    stats, of = {}, lambda k, places: [batch[k][i] for i in places]
+    groups = nested_inputs(of('contexts', minibatch), of('answers', minibatch))[1]
+    for some, counts in local_passes(sorted(groups, key=min), rows):
+        places = [minibatch[k] for g in some for k in g]
+        share, read = counts and len(places) / len(minibatch), (of('contexts', places), of('answers', places))
+        now = logprobs_and_values(model, head, *read, c['temperature'], rows, c['entropy_coef'] > 0)
+        old = [batch[k][places] for k in ('logprobs', 'normalised', 'returns', 'values')]
         loss, part = ppo_loss(*now, *old, c)
-        (loss * n / len(minibatch)).backward()
-        for k, v in (part | dict(loss=loss.item())).items(): stats[k] = stats.get(k, 0.) + v * n / len(minibatch)
+        (loss * share).backward()
+        for k, v in (part | dict(loss=loss.item())).items(): stats[k] = stats.get(k, 0.) + v * share
     return stats
 
 # %% ../../nbs/2_training/16_ppo.ipynb #8f371ce0

@@ -189,7 +189,8 @@ SETTINGS['rl'] = dict(
     epochs=Setting(2, 'passes over the responses of an update', at_least(1), paper=4),
     minibatch=Setting(64, 'responses per optimiser step', at_least(1), paper=128),
     # of like length, so that there is less padding
-    micro_batch=Setting(16, 'responses at a time through the model; gradients add up', at_least(1), paper=1),
+    micro_batch=Setting(16, 'sequences at a time through the model (turns of an episode are one); gradients add up',
+                        at_least(1), paper=1),
 )
 
 # %% ../../nbs/2_training/06_settings.ipynb #961a7eee
