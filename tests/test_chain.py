@@ -45,10 +45,14 @@ def papermill(notebook, cwd, environment=None, **parameters):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.fixture(scope='module')
-def jobs():
-    "The environment of a server for several jobs: one import of what they need."
-    with server(['training', 'model', 'drawing'], os.environ | dict(HF_HUB_OFFLINE='1')) as found: yield found
+@pytest.fixture(scope='module', autouse=True)
+def jobs(home):
+    """The environment of a server for the jobs of all tests here: one import of what they need. The run of `home` had
+    its own."""
+    with server(['training', 'model', 'drawing'], os.environ | dict(HF_HUB_OFFLINE='1')) as found:
+        os.environ.update(found)
+        yield found
+        for name in found: del os.environ[name]
 
 
 def names(run, paths): return {str(p.relative_to(run.dir)).replace('general_points/seed0/', '') for p in paths}

@@ -211,8 +211,9 @@ def test():
     how = dict(cwd=ROOT, env=env)
     chapters = [str(Path(sys.executable).parent/'nbdev_test'), '--n_workers', '1', '--do_print', '--timing']
     # a file goes to one process, which makes its fixtures once; in the order of their names, because the chain's
-    # tests, the longest, are then among the first
-    parallel = ['-n', 'logical', '--maxprocesses', '4', '--dist', 'loadfile', '--no-loadscope-reorder']
+    # tests, the longest, are then among the first; one process more than cores, because some wait for what they started
+    n = min(os.cpu_count() + 1, 4)
+    parallel = ['-n', str(n), '--dist', 'loadfile', '--no-loadscope-reorder']
     tests = [sys.executable, '-m', 'pytest', 'tests', *parallel, '--durations', '25', '-m', 'not long and not hours']
     # neither of them keeps all cores busy to its end; what the notebooks print comes when both have ended
     with tempfile.TemporaryFile('w+') as said, subprocess.Popen(chapters, stdout=said, stderr=said, **how) as beside:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from ..core.files import need_room
 from ..core.store import fetch, put
-from ..core.prefork import server
+from ..core.prefork import ADDRESS, server
 from ..core.environment import ChainError, clock, job_environment
 from ..training.computing import pick_device
 from ..training.models import is_weights
@@ -195,7 +195,7 @@ def _work(run, seeds, jobs, targets, tasks, todo, start, say, live, executor, ke
 
 # %% ../../nbs/6_running/08_workflow.ipynb #7d2ba969
 def _prefork(todo, environment, executor):  # server for the jobs of a run, with the libraries they need
-    if executor != 'local': return nullcontext({})
+    if executor != 'local' or ADDRESS in environment: return nullcontext({})  # whoever has a server shares it
     rules = {j.rule for j in todo}
     groups = dict(
         training=rules & {'base', 'sft', 'grpo', 'baselines', 'preserve'},
