@@ -39,6 +39,8 @@ def _take_place(asked, files):  # become the client: its files, directory and en
     for own, file in enumerate(files): os.dup2(file, own); os.close(file)
     if asked['leads']: os.setsid()  # like the client, it is then not interrupted from the terminal
     os.chdir(asked['folder']); os.environ.clear(); os.environ.update(asked['environment'])
+    places = os.environ.get('PYTHONPATH', '').split(os.pathsep)
+    sys.path[:0] = [p for p in places if p and p not in sys.path]  # the server was started without these
     if 'torch' in sys.modules and (threads := os.environ.get('OMP_NUM_THREADS', '')).isdigit():
         sys.modules['torch'].set_num_threads(int(threads))
 
