@@ -69,9 +69,11 @@ def _grouped_attention(module, query, key, value, attention_mask, scaling, dropo
     import torch
     B, heads, L, d = query.shape
     together = lambda x: x.reshape(B, key.shape[1], -1, x.shape[-1])  # rows that share a head of keys and values
-    weights = (together(query) @ key.transpose(2, 3)).mul_(scaling).view(B, heads, L, -1)
-    if attention_mask is not None: weights = weights + attention_mask
-    weights = weights.softmax(-1, dtype=torch.float32).to(query.dtype)
+    scores = (together(query * scaling) @ key.transpose(2, 3)).view(B, heads, L, -1)
+    if attention_mask is not None:
+        scores = scores + attention_mask.clamp(min=torch.finfo(scores.dtype).min).to(scores.dtype)
+    # in half precision the softmax computes in float32 as well, but copies nothing into it
+    with torch.autocast(scores.device.type, enabled=False): weights = scores.softmax(-1)
     if dropout: weights = torch.nn.functional.dropout(weights, dropout, module.training)
     return (together(weights) @ value).view(B, heads, L, d).transpose(1, 2).contiguous(), weights
 
