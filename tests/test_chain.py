@@ -34,24 +34,22 @@ def stamps(run):
     }
 
 
-def papermill(notebook, cwd, environment=None, **parameters):
-    """Execute a notebook of the chain with the profile `smoke`, as `papermill` on the command line does; in the
-    environment of a server, as a job of a run."""
+def papermill(notebook, cwd, as_job=False, **parameters):
+    "Execute a notebook of the chain with the profile `smoke`, as `papermill` on the command line or a job of a run."
     flags = [x for k, v in dict(profile='smoke', **parameters).items() for x in ('-p', k, str(v))]
     source = ROOT/'nbs'/'paper'/f'{notebook}.ipynb'
-    python_m = command() if environment else [sys.executable, '-m']
+    python_m = command() if as_job else [sys.executable, '-m']
     words = [*python_m, 'papermill', str(source), f'{notebook}.out.ipynb', *flags]
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, env=os.environ | (environment or {}))
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope='module', autouse=True)
 def jobs(home):
-    """The environment of a server for the jobs of all tests here: one import of what they need. The run of `home` had
-    its own."""
+    "A server for the jobs of all tests here: one import of what they need. The run of `home` had its own."
     with server(['training', 'model', 'drawing'], os.environ | dict(HF_HUB_OFFLINE='1')) as found:
         os.environ.update(found)
-        yield found
+        yield
         for name in found: del os.environ[name]
 
 
@@ -302,9 +300,9 @@ def test_two_runs_do_not_mix(home, run):
         ('06_figures', dict(figure='F1')),
     ],
 )
-def test_each_notebook_runs_alone(home, jobs, tmp_path, notebook, parameters):
+def test_each_notebook_runs_alone(home, tmp_path, notebook, parameters):
     shutil.copytree(home/'runs'/'smoke', tmp_path/'runs'/'smoke')
-    papermill(notebook, tmp_path, jobs, **parameters)
+    papermill(notebook, tmp_path, as_job=True, **parameters)
 
 
 def test_a_notebook_alone_makes_what_it_needs(tmp_path):
