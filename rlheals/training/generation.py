@@ -124,7 +124,8 @@ class Kept:
     ) -> list:
         "What is known of a context: layers with the keys and values of its first tokens; empty if nothing."
         tokens, layers = self.rows.get(name, ([], []))
-        return layers if 0 < len(tokens) < len(context) and context[:len(tokens)] == tokens else []
+        n = len(os.path.commonprefix([tokens, context[:-1]]))  # what was sampled may be encoded otherwise when read
+        return [SimpleNamespace(**vars(x) | dict(written=n)) for x in layers] if n else []
 
 # %% ../../nbs/2_training/04_generation.ipynb #fbbf6cac
 def _chances(seeds, first, tokens):  # (B, tokens): uniform numbers, by which no answer depends on its batch
@@ -234,27 +235,25 @@ def _read(model, tokenizer, texts, cache, mask):  # a part of `_prefill`: more t
 # the last token), and the places of the B contexts; `known`: for each context what `Kept` has of it
 def _prefill(model, tokenizer, contexts, known):
     import torch
-    n = min([shared_start(model, contexts), *(row[0].written for row in known if row)])
+    n = shared_start(model, contexts)
+    known = [row if row and row[0].written > n else [] for row in known]
+    rest = [c[row[0].written if row else n:] for c, row in zip(contexts, known)]
     begin, parts, order = _cache(model), [], []
     if n:
         ids = torch.tensor([contexts[0][:n]], device=model.device)
         with skip_before(model, n):
             model(input_ids=ids, **cache_argument(model, begin), use_cache=True, logits_to_keep=1)
-    fresh, again = ([i for i, row in enumerate(known) if bool(row) == have] for have in (False, True))
-    lengths = [len(contexts[i]) - n for i in fresh]
-    for end in _like_lengths(lengths) if attends_to_all(model) else [len(fresh)]:
-        some, cache = fresh[len(order):end], deepcopy(begin)
-        if not some: break
-        if n: cache.batch_repeat_interleave(len(some))
-        mask = torch.ones(len(some), n, dtype=torch.long, device=model.device)
-        parts.append(_read(model, tokenizer, [contexts[i][n:] for i in some], cache, mask))
-        order += some
-    if again:
-        ones = lambda tokens: torch.ones(1, tokens, dtype=torch.long, device=model.device)
-        cache, mask = _joined(model, [(known[i], ones(known[i][0].written)) for i in again], n)
-        rest = [contexts[i][known[i][0].written:] for i in again]
-        parts.append(_read(model, tokenizer, rest, cache, mask))
-        order += again
+    for going_on in (False, True):
+        rows = sorted((i for i, row in enumerate(known) if bool(row) == going_on), key=lambda i: len(rest[i]))
+        ends = _like_lengths([len(rest[i]) for i in rows]) if attends_to_all(model) else [len(rows)]
+        for some in [rows[lo:hi] for lo, hi in zip([0, *ends], ends) if hi]:
+            ones = lambda count, tokens: torch.ones(count, tokens, dtype=torch.long, device=model.device)
+            if going_on: cache, mask = _joined(model, [(known[i], ones(1, known[i][0].written)) for i in some], n)
+            else:
+                cache, mask = deepcopy(begin), ones(len(some), n)
+                if n: cache.batch_repeat_interleave(len(some))
+            parts.append(_read(model, tokenizer, [rest[i] for i in some], cache, mask))
+            order += some
     if len(parts) == 1: return parts[0], order
     logits, hidden, caches, masks, positions = zip(*parts)
     cache, mask = _joined(model, [(c.layers, m) for c, m in zip(caches, masks)], n)

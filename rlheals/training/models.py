@@ -13,7 +13,7 @@ from pathlib import Path
 from ..core.files import check, complete
 from ..core.distributed import is_sharded, local_shard, processes
 from ..core.store import fetch_checkpoint, is_url
-from .computing import computed_in, pick_device, share_keys
+from .computing import computed_in, norm_once, pick_device, share_keys
 
 # %% ../../nbs/2_training/02_models.ipynb #f0990391
 ASSETS = Path(__file__).parents[1]/'assets' if '__file__' in globals() else Path('../../rlheals/assets').resolve()
@@ -66,7 +66,7 @@ def _ready(model, scale):  # prepare for training with the settings in `scale`
     if scale and computed_in(scale['precision'], model.device.type) == 'bfloat16': model.computes_in = torch.bfloat16
     # else the last layer's weights stay gathered after a pass without gradients, and become stale
     if is_sharded(model): model.set_reshard_after_forward(True)
-    share_keys(model)
+    share_keys(model); norm_once(model)
     return model
 
 # %% ../../nbs/2_training/02_models.ipynb #fb0b770a
