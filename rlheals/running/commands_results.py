@@ -209,9 +209,10 @@ def test():
     # threads that wait sleep: tests side by side have more of them than cores, and spinning takes ten times as long
     env = os.environ | dict(HF_HUB_OFFLINE='1', OMP_WAIT_POLICY='passive')
     how = dict(cwd=ROOT, env=env)
-    chapters = [str(Path(sys.executable).parent/'nbdev_test'), '--n_workers', '1', '--do_print', '--timing']
-    # a file goes to one process, which makes its fixtures once; in the order of their names, because the chain's
-    # tests, the longest, are then among the first; one process more than cores, because some wait for what they started
+    chapters = [str(Path(sys.executable).parent/'nbdev_test'), '--n_workers', '2', '--do_print', '--timing']
+    # a file goes to one process, which makes its fixtures once; in the order of their names, because the tests of
+    # faults and of the chain, the longest, then come first; one process more than cores, because some tests wait for
+    # what they started
     n = min(os.cpu_count() + 1, 4)
     parallel = ['-n', str(n), '--dist', 'loadfile', '--no-loadscope-reorder']
     tests = [sys.executable, '-m', 'pytest', 'tests', *parallel, '--durations', '25', '-m', 'not long and not hours']
