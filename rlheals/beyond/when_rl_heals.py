@@ -9,7 +9,7 @@ __all__ = ['LEVEL', 'OF_START', 'effect_names', 'contrasts', 'tested', 'effects'
 # %% ../../nbs/5_beyond/20_when_rl_heals.ipynb #05c4e559
 import numpy as np
 from ..training.runs import Run
-from ..results.style import MUTED, RL, figure
+from ..results.style import MUTED, RL, figure, reach
 from ..results.testing import holm
 from .factorial import FACTORS, LETTERS, PRIMARY, SEEDS, aliases, changes_of, design
 
@@ -187,27 +187,39 @@ def confirmation(
     return dict(arms=arms, primary=primary) | how
 
 # %% ../../nbs/5_beyond/20_when_rl_heals.ipynb #a80c3669
-@figure('factorial')
+_ACCURACY = dict(first_try='at the first try', success='within all tries')  # response -> what OOD accuracy it is
+@figure('factorial', title='When RL heals')
 def s8(tables):
-    """Effects of eight settings on what RL restores.
+    """Effects of eight settings on what RL restores: the change at the high level less that at the low one, mean over
+    seeds, with 95 % intervals.
 
-    Change of the primary response at the high level minus that at the low one (mean over seeds, 95 % intervals; ticks:
-    seeds). Filled: significant after Holm's correction over the eight. Below the line: groups of aliased interactions,
-    not tested, each named after one of its four."""
-    import matplotlib.pyplot as plt
-    data = effects(tables['factorial'])
-    fig, ax = plt.subplots(figsize=(5.4, 3.9))
+    Left: the change of the primary response, the margin in log-probability (nats) of the right value over the wrong one
+    at OOD face cards (ticks: seeds). Filled: significant after Holm's correction over the eight. Below the line: groups
+    of aliased interactions, not tested, each named after one of its four. Right: the change of OOD accuracy, not
+    tested."""
+    import matplotlib.pyplot as plt, pandas as pd
+    of = {r: effects(tables['factorial'], r).assign(response=r) for r in (PRIMARY, *_ACCURACY)}
+    data, n = of[PRIMARY], len(FACTORS)
+    fig, (ax, right) = plt.subplots(1, 2, figsize=(7, 3.9), sharey=True, width_ratios=(1.6, 1))
     y, sure = np.arange(len(data)), (data.p_holm < LEVEL).to_numpy()
     colours = np.where(data.kind == 'main', RL, MUTED)
-    reach = [data['mean'] - data.low, data.high - data['mean']]
-    ax.errorbar(data['mean'], y, xerr=reach, fmt='none', ecolor=colours, elinewidth=1)
+    ax.errorbar(data['mean'], y, xerr=reach(data, 1), fmt='none', ecolor=colours, elinewidth=1)
     ax.scatter(data['mean'], y, s=16, c=np.where(sure, colours, 'white'), edgecolors=colours, zorder=4)
     for at, values in zip(y, data.by_seed): ax.plot(values, [at] * len(values), '|', ms=4, color='#222222', alpha=.4)
-    ax.axvline(0, color='#222222', lw=.7); ax.axhline(len(FACTORS) - .5, color=MUTED, lw=.7)
+    for (response, what), colour, shift in zip(_ACCURACY.items(), (RL, MUTED), (-.15, .15)):
+        d = of[response][:n]
+        bars = dict(xerr=reach(d, 100), fmt='o', ms=3, elinewidth=1)
+        right.errorbar(100 * d['mean'], y[:n] + shift, color=colour, label=what, **bars)
     labels = [FACTORS[e][0] if e in FACTORS else e.partition(' = ')[0].replace('_', ' ') + ' ...' for e in data.effect]
-    ax.set_yticks(y, labels); ax.invert_yaxis(); ax.grid(False); ax.grid(True, axis='x')
-    ax.set_xlabel(f'effect on the change of {PRIMARY}, high minus low')
-    return fig, data.assign(by_seed=[' '.join(f'{v:.6g}' for v in x) for x in data.by_seed])
+    ax.set_yticks(y, labels); ax.invert_yaxis()
+    for axes in (ax, right):
+        axes.axvline(0, color='#222222', lw=.7); axes.axhline(n - .5, color=MUTED, lw=.7)
+        axes.grid(False); axes.grid(True, axis='x')
+    ax.set_xlabel(f'effect on the change of the {PRIMARY} (nats)')
+    right.set_xlabel('... of OOD accuracy (points)'); right.legend(loc='lower right', fontsize=7)
+    every = pd.concat(of.values(), ignore_index=True)
+    every.loc[every.response != PRIMARY, ['p', 'p_holm']] = np.nan  # not tested
+    return fig, every.assign(by_seed=[' '.join(f'{v:.6g}' for v in x) for x in every.by_seed])
 
 # %% ../../nbs/5_beyond/20_when_rl_heals.ipynb #ac5a897e
 @s8.reads
@@ -215,14 +227,19 @@ def reading_s8(
     data,  # the table behind S8
 ) -> str:
     "Which settings change what RL restores, in Markdown."
-    main = data[data.kind == 'main'].sort_values('mean', key=abs, ascending=False)
-    number = lambda r: f"{r['mean']:+.3g} [{r.low:+.3g}, {r.high:+.3g}]"
-    told = lambda rows: '; '.join(f'{FACTORS[r.effect][0]} {number(r)}' for _, r in rows.iterrows()) or 'none'
-    sure, pairs = main[main.p_holm < LEVEL], data[data.kind == 'pairs']
-    apart = pairs[(pairs.low > 0) | (pairs.high < 0)]
-    groups = '; '.join(f"{r.effect.replace('_', ' ')}: {number(r)}" for _, r in apart.iterrows()) or 'none'
-    return (
-        f'{int(data.seeds.max())} seeds with 16 runs each. Settings that change what RL restores (high minus low, '
-        f'{PRIMARY}; Holm over {len(main)}): {told(sure)}.\n\nOthers: {told(main[~(main.p_holm < LEVEL)])}.\n\n'
+    of = {r: d.set_index('effect') for r, d in data.groupby('response')}
+    main, pairs = (of[PRIMARY][of[PRIMARY].kind == k] for k in ('main', 'pairs'))
+    main = main.sort_values('mean', key=abs, ascending=False)
+    number = lambda r, scale=1: f'{scale * r["mean"]:+.3g} [{scale * r.low:+.3g}, {scale * r.high:+.3g}]'
+    told = lambda rows: '; '.join(f'{FACTORS[e][0]} {number(r)}' for e, r in rows.iterrows()) or 'none'
+    sure, apart = main[main.p_holm < LEVEL], pairs[(pairs.low > 0) | (pairs.high < 0)]
+    groups = '; '.join(f"{e.replace('_', ' ')}: {number(r)}" for e, r in apart.iterrows()) or 'none'
+    accuracy = lambda e: ', '.join(f'{number(of[r].loc[e], 100)} {what}' for r, what in _ACCURACY.items())
+    text = (
+        f'{int(main.seeds.max())} seeds with 16 runs each. Settings that change what RL restores (high minus low, '
+        f'{PRIMARY} in nats; Holm over {len(main)}): {told(sure)}.\n\nOthers: {told(main[~(main.p_holm < LEVEL)])}.\n\n'
         f'Groups of interactions whose uncorrected interval excludes zero: {groups}.'
     )
+    if sure.empty: return text
+    points = '; '.join(f'{FACTORS[e][0]} {accuracy(e)}' for e in sure.index)
+    return f'{text}\n\nWhat the former change in OOD accuracy (points, not corrected): {points}.'
