@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEVEL', 'OF_START', 'effect_names', 'contrasts', 'tested', 'effects', 'made_up_study', 'spread_of', 'detectable',
-           'power', 'best_levels', 'default_levels', 'seeds_needed', 'confirmation', 's8', 'reading_s8']
+           'power', 'best_levels', 'default_levels', 'seeds_needed', 'confirmation', 's8', 'reading_s8', 'in_short']
 
 # %% ../../nbs/5_beyond/20_when_rl_heals.ipynb #05c4e559
 import numpy as np
@@ -243,3 +243,23 @@ def reading_s8(
     if sure.empty: return text
     points = '; '.join(f'{FACTORS[e][0]} {accuracy(e)}' for e in sure.index)
     return f'{text}\n\nWhat the former change in OOD accuracy (points, not corrected): {points}.'
+
+# %% ../../nbs/5_beyond/20_when_rl_heals.ipynb #d102e4bf
+def in_short(
+    data,  # the table behind S8
+) -> str:
+    "Which settings surely change what RL restores, and what they change in OOD accuracy: two sentences."
+    of = {r: d[d.kind == 'main'].set_index('effect') for r, d in data.groupby('response')}
+    main, every = of[PRIMARY], f'Of {len(FACTORS)} settings varied in {len(design()) * int(data.seeds.max())} runs'
+    sure = main[main.p_holm < LEVEL].sort_values('mean', key=abs, ascending=False).index
+    if sure.empty: return f'{every} (development seeds), none surely changes what RL restores.'
+    def changes(response, scale, digits):
+        said = lambda x: f'{scale * x:+.{digits}f}'
+        rows = [of[response].loc[e] for e in sure]
+        return ' and '.join(f"{said(r['mean'])} [{said(r.low)}, {said(r.high)}]" for r in rows)
+    names = ' and '.join(f'the {FACTORS[e][0]}' for e in sure)
+    return (
+        f'{every} (development seeds), {names} surely {"change" if len(sure) > 1 else "changes"} what RL restores of '
+        f'the margin of right values: {changes(PRIMARY, 1, 2)} nats, high minus low. OOD accuracy changes by '
+        f"{changes('success', 100, 1)} points."
+    )

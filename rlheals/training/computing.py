@@ -67,17 +67,23 @@ def computed_in(
     return 'bfloat16' if fast else 'float32'
 
 # %% ../../nbs/2_training/01_computing.ipynb #5c145575
-def _grouped_attention(module, query, key, value, attention_mask, scaling, dropout=0., **_):
+def _grouped_attention(module, query, key, value, attention_mask, scaling, dropout=0., block=128, **_):
     import torch
     B, heads, L, d = query.shape
     together = lambda x: x.reshape(B, key.shape[1], -1, x.shape[-1])  # rows that share a head of keys and values
-    scores = (together(query * scaling) @ key.transpose(2, 3)).view(B, heads, L, -1)
-    if attention_mask is not None:
-        scores = scores + attention_mask.clamp(min=torch.finfo(scores.dtype).min).to(scores.dtype)
-    # in half precision the softmax computes in float32 as well, but copies nothing into it
-    with torch.autocast(scores.device.type, enabled=False): weights = scores.softmax(-1)
-    if dropout: weights = torch.nn.functional.dropout(weights, dropout, module.training)
-    return (together(weights) @ value).view(B, heads, L, d).transpose(1, 2).contiguous(), weights
+    query, keys, out = query * scaling, key.transpose(2, 3), []
+    for first in range(0, L, block):
+        rows = slice(first, min(first + block, L))
+        seen = key.shape[2] - L + rows.stop  # a text is read from left to right: later keys are for later queries
+        scores = (together(query[:, :, rows]) @ keys[..., :seen]).view(B, heads, -1, seen)
+        if attention_mask is not None:
+            mask = attention_mask[:, :, rows, :seen]
+            scores = scores + mask.clamp(min=torch.finfo(scores.dtype).min).to(scores.dtype)
+        # in half precision the softmax computes in float32 as well, but copies nothing into it
+        with torch.autocast(scores.device.type, enabled=False): weights = scores.softmax(-1)
+        if dropout: weights = torch.nn.functional.dropout(weights, dropout, module.training)
+        out.append((together(weights) @ value[:, :, :seen]).view(B, heads, -1, d))
+    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
 # %% ../../nbs/2_training/01_computing.ipynb #e9bbb802
 def share_keys(
