@@ -62,7 +62,6 @@ def _growing_layer():
         def _room(self, n): return n if n == 0 else -(-n // 16) * 16
 
         def update(self, key_states, value_states, *args, **kwargs):
-            key_states = key_states.to(value_states.dtype)  # as attention would round all of them for every token
             if first := not self.is_initialized: self.lazy_initialization(key_states, value_states)
             n, total = self.written, self.written + key_states.shape[-2]
             if self.keys.shape[-2] < total:
