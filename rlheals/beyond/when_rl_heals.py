@@ -193,8 +193,8 @@ def s8(tables):
     """Effects of eight settings on what RL restores: the change at the high level less that at the low one, mean over
     seeds, with 95 % intervals.
 
-    Left: the change of the primary response, the margin in log-probability (nats) of the right value over the wrong one
-    at OOD face cards (ticks: seeds). Filled: significant after Holm's correction over the eight. Below the line: groups
+    Left: the change of the primary response, the margin in log-probability (nats) of a face card's right value over the
+    best other number (ticks: seeds). Filled: significant after Holm's correction over the eight. Below the line: groups
     of aliased interactions, not tested, each named after one of its four. Right: the change of OOD accuracy, not
     tested."""
     import matplotlib.pyplot as plt, pandas as pd
@@ -222,17 +222,22 @@ def s8(tables):
     return fig, every.assign(by_seed=[' '.join(f'{v:.6g}' for v in x) for x in every.by_seed])
 
 # %% ../../nbs/5_beyond/20_when_rl_heals.ipynb #ac5a897e
+# (response -> its effects by name, main effects on the primary response by size, those that are significant)
+def _read(data):
+    of = {r: d.set_index('effect') for r, d in data.groupby('response')}
+    main = of[PRIMARY][of[PRIMARY].kind == 'main'].sort_values('mean', key=abs, ascending=False)
+    return of, main, main[main.p_holm < LEVEL]
+def _interval(r, scale, form):  # of a row: mean and interval, with sign
+    return '{} [{}, {}]'.format(*(format(scale * r[k], form) for k in ('mean', 'low', 'high')))
 @s8.reads
 def reading_s8(
     data,  # the table behind S8
 ) -> str:
     "Which settings change what RL restores, in Markdown."
-    of = {r: d.set_index('effect') for r, d in data.groupby('response')}
-    main, pairs = (of[PRIMARY][of[PRIMARY].kind == k] for k in ('main', 'pairs'))
-    main = main.sort_values('mean', key=abs, ascending=False)
-    number = lambda r, scale=1: f'{scale * r["mean"]:+.3g} [{scale * r.low:+.3g}, {scale * r.high:+.3g}]'
+    (of, main, sure), number = _read(data), lambda r, scale=1: _interval(r, scale, '+.3g')
+    pairs = of[PRIMARY][of[PRIMARY].kind == 'pairs']
     told = lambda rows: '; '.join(f'{FACTORS[e][0]} {number(r)}' for e, r in rows.iterrows()) or 'none'
-    sure, apart = main[main.p_holm < LEVEL], pairs[(pairs.low > 0) | (pairs.high < 0)]
+    apart = pairs[(pairs.low > 0) | (pairs.high < 0)]
     groups = '; '.join(f"{e.replace('_', ' ')}: {number(r)}" for e, r in apart.iterrows()) or 'none'
     accuracy = lambda e: ', '.join(f'{number(of[r].loc[e], 100)} {what}' for r, what in _ACCURACY.items())
     text = (
@@ -249,17 +254,13 @@ def in_short(
     data,  # the table behind S8
 ) -> str:
     "Which settings surely change what RL restores, and what they change in OOD accuracy: two sentences."
-    of = {r: d[d.kind == 'main'].set_index('effect') for r, d in data.groupby('response')}
-    main, every = of[PRIMARY], f'Of {len(FACTORS)} settings varied in {len(design()) * int(data.seeds.max())} runs'
-    sure = main[main.p_holm < LEVEL].sort_values('mean', key=abs, ascending=False).index
+    (of, _, sure), runs = _read(data), len(design()) * int(data.seeds.max())
+    every = f'Of {len(FACTORS)} settings varied in {runs} runs'
     if sure.empty: return f'{every} (development seeds), none surely changes what RL restores.'
-    def changes(response, scale, digits):
-        said = lambda x: f'{scale * x:+.{digits}f}'
-        rows = [of[response].loc[e] for e in sure]
-        return ' and '.join(f"{said(r['mean'])} [{said(r.low)}, {said(r.high)}]" for r in rows)
-    names = ' and '.join(f'the {FACTORS[e][0]}' for e in sure)
+    changes = lambda r, scale, form: ' and '.join(_interval(of[r].loc[e], scale, form) for e in sure.index)
+    names = ' and '.join(f'the {FACTORS[e][0]}' for e in sure.index)
     return (
         f'{every} (development seeds), {names} surely {"change" if len(sure) > 1 else "changes"} what RL restores of '
-        f'the margin of right values: {changes(PRIMARY, 1, 2)} nats, high minus low. OOD accuracy changes by '
-        f"{changes('success', 100, 1)} points."
+        f"the margin of right face-card values: {changes(PRIMARY, 1, '+.2f')} nats, high minus low. OOD accuracy "
+        f"changes by {changes('success', 100, '+.1f')} points."
     )

@@ -67,23 +67,27 @@ def computed_in(
     return 'bfloat16' if fast else 'float32'
 
 # %% ../../nbs/2_training/01_computing.ipynb #5c145575
+_GROUPED = ('llama', 'mistral', 'qwen2')  # kinds of models whose attention and norms are known to be just these
 def _grouped_attention(module, query, key, value, attention_mask, scaling, dropout=0., block=128, **_):
     import torch
     B, heads, L, d = query.shape
+    if L > block:  # a text is read from left to right: later keys are for later queries
+        out = []
+        for first in range(0, L, block):
+            last = min(first + block, L)
+            seen = key.shape[2] - L + last
+            mask = None if attention_mask is None else attention_mask[:, :, first:last, :seen]
+            part = query[:, :, first:last], key[:, :, :seen], value[:, :, :seen], mask
+            out.append(_grouped_attention(module, *part, scaling, dropout, block)[0])
+        return torch.cat(out, 1), None
     together = lambda x: x.reshape(B, key.shape[1], -1, x.shape[-1])  # rows that share a head of keys and values
-    query, keys, out = query * scaling, key.transpose(2, 3), []
-    for first in range(0, L, block):
-        rows = slice(first, min(first + block, L))
-        seen = key.shape[2] - L + rows.stop  # a text is read from left to right: later keys are for later queries
-        scores = (together(query[:, :, rows]) @ keys[..., :seen]).view(B, heads, -1, seen)
-        if attention_mask is not None:
-            mask = attention_mask[:, :, rows, :seen]
-            scores = scores + mask.clamp(min=torch.finfo(scores.dtype).min).to(scores.dtype)
-        # in half precision the softmax computes in float32 as well, but copies nothing into it
-        with torch.autocast(scores.device.type, enabled=False): weights = scores.softmax(-1)
-        if dropout: weights = torch.nn.functional.dropout(weights, dropout, module.training)
-        out.append((together(weights) @ value[:, :, :seen]).view(B, heads, -1, d))
-    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+    scores = (together(query * scaling) @ key.transpose(2, 3)).view(B, heads, L, -1)
+    if attention_mask is not None:
+        scores = scores + attention_mask.clamp(min=torch.finfo(scores.dtype).min).to(scores.dtype)
+    # in half precision the softmax computes in float32 as well, but copies nothing into it
+    with torch.autocast(scores.device.type, enabled=False): weights = scores.softmax(-1)
+    if dropout: weights = torch.nn.functional.dropout(weights, dropout, module.training)
+    return (together(weights) @ value).view(B, heads, L, d).transpose(1, 2).contiguous(), None
 
 # %% ../../nbs/2_training/01_computing.ipynb #e9bbb802
 def share_keys(
@@ -93,7 +97,7 @@ def share_keys(
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
     c = model.config  # other kinds do more than these products (caps, sinks)
-    if model.device.type != 'cpu' or c.model_type not in ('llama', 'mistral', 'qwen2'): return
+    if model.device.type != 'cpu' or c.model_type not in _GROUPED: return
     if c.num_key_value_heads == c.num_attention_heads: return
     AttentionInterface.register('grouped', _grouped_attention)
     AttentionMaskInterface.register('grouped', eager_mask)
@@ -133,7 +137,7 @@ def norm_once(
     """Let the norms of a Llama, Mistral or Qwen2 model round their result once, not in each product that reads it.
 
     This holds where gradients are computed in half precision."""
-    if model.config.model_type not in ('llama', 'mistral', 'qwen2'): return
+    if model.config.model_type not in _GROUPED: return
     for layer in model.base_model.layers:
         for m in (layer.input_layernorm, layer.post_attention_layernorm): m.forward = MethodType(_norm_once, m)
 

@@ -239,6 +239,7 @@ def _prefill(model, tokenizer, contexts, known):
     known = [row if row and row[0].written > n else [] for row in known]
     rest = [c[row[0].written if row else n:] for c, row in zip(contexts, known)]
     begin, parts, order = _cache(model), [], []
+    ones = lambda count, tokens: torch.ones(count, tokens, dtype=torch.long, device=model.device)
     if n:
         ids = torch.tensor([contexts[0][:n]], device=model.device)
         with skip_before(model, n):
@@ -247,7 +248,6 @@ def _prefill(model, tokenizer, contexts, known):
         rows = sorted((i for i, row in enumerate(known) if bool(row) == going_on), key=lambda i: len(rest[i]))
         ends = _like_lengths([len(rest[i]) for i in rows]) if attends_to_all(model) else [len(rows)]
         for some in [rows[lo:hi] for lo, hi in zip([0, *ends], ends) if hi]:
-            ones = lambda count, tokens: torch.ones(count, tokens, dtype=torch.long, device=model.device)
             if going_on: cache, mask = _joined(model, [(known[i], ones(1, known[i][0].written)) for i in some], n)
             else:
                 cache, mask = deepcopy(begin), ones(len(some), n)

@@ -63,10 +63,12 @@ def _ready(model, scale):  # prepare for training with the settings in `scale`
     # layers that attend to pictures: text passes them by, so they get no gradient
     for i in getattr(model.config, 'cross_attention_layers', None) or (): model.model.layers[i].requires_grad_(False)
     if scale and scale['gradient_checkpointing']: model.activation_checkpointing_enable(dict(use_reentrant=False))
-    if scale and computed_in(scale['precision'], model.device.type) == 'bfloat16': model.computes_in = torch.bfloat16
+    if scale and computed_in(scale['precision'], model.device.type) == 'bfloat16':
+        model.computes_in = torch.bfloat16
+        norm_once(model)
     # else the last layer's weights stay gathered after a pass without gradients, and become stale
     if is_sharded(model): model.set_reshard_after_forward(True)
-    share_keys(model); norm_once(model)
+    share_keys(model)
     return model
 
 # %% ../../nbs/2_training/02_models.ipynb #fb0b770a
