@@ -9,6 +9,7 @@ __all__ = ['TASKS', 'STYLES', 'SHARES', 'Problem', 'Verdict', 'Task', 'task_opti
 # %% ../../nbs/1_tasks/01_protocol.ipynb #e4c5113a
 import importlib, inspect
 from dataclasses import dataclass, field
+from itertools import count
 import numpy as np
 from ..core.randomness import hash64, seeded
 
@@ -189,6 +190,8 @@ class Episode:
     # answers of all steps; with the first problem they determine the episode
     answers: list[str] = field(default_factory=list)
     solved: bool = False
+    # tells the episodes of a process apart, for ever: `id` may give a new one the number of one that is gone
+    serial: int = field(default_factory=count().__next__, compare=False, repr=False)
 
     @classmethod
     def start(cls, task: Task, problem: Problem): return cls(problem, [task.prompt(problem)])

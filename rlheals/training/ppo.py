@@ -95,7 +95,7 @@ def collect(
         else:  # in bfloat16 a sum over an answer's tokens differs too much from the one that has gradients
             logprobs, _, values = score(batch['contexts'], batch['answers'])
         if is_open and engine is None:  # one token each, for the states of the prompts
-            generate(model, tokenizer, prompts, 1, kept=kept, names=[id(e) for e in episodes], seen=(after := {}))
+            generate(model, tokenizer, prompts, 1, kept=kept, names=[e.serial for e in episodes], seen=(after := {}))
             next_values[is_open] = head(torch.stack([after[k][1] for k in range(len(prompts))]).float())[:, 0]
         elif is_open: next_values[is_open] = score(prompts, [[]] * len(prompts))[2]
     batch |= dict(logprobs=logprobs.tolist(), values=values.tolist(), rewards=[v.reward for v in batch['verdicts']])
