@@ -6,6 +6,7 @@
 __all__ = ['value_head', 'nested', 'nested_inputs', 'logprobs_and_values', 'answer_loss', 'batch_loss']
 
 # %% ../../nbs/2_training/13_logprobs.ipynb #f5171673
+from functools import lru_cache
 from ..core.distributed import computing, in_step, is_sharded, recompute
 from .computing import in_parts, rounded
 from .models import logits_from, skip_before, trunk
@@ -80,13 +81,60 @@ def _forward(model, head, contexts, answers, *more):  # `logprobs_and_values` in
 def _score(model, contexts, answers, temperature, entropy_gradients):
     import torch
     logits, tokens, of, n, last = _logits(model, contexts, answers)
-    N, zeros = len(tokens), torch.zeros(len(n), device=model.device)
+    zeros = torch.zeros(len(n), device=model.device)
+    logp, entropy = _of_tokens(logits, tokens, temperature, entropy_gradients)
+    return zeros.index_add(0, of, logp), zeros.index_add(0, of, entropy) / n.clamp(min=1), last
+
+# %% ../../nbs/2_training/13_logprobs.ipynb #bf37bbf0
+def _is_large(logits): return logits.device.type == 'cpu' and logits.shape[-1] > 2**12
+# (log-probability (N,) of each token, entropy (N,) of its distribution); logits (N or more, V)
+def _of_tokens(logits, tokens, temperature, entropy_gradients):
+    import torch
+    if _is_large(logits): return _blockwise()(logits, tokens, temperature, entropy_gradients)
+    N, logits = len(tokens), logits.float()
     logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
-    tokens = torch.nn.functional.pad(tokens, (0, len(logp) - N))  # each copy of `logp` counts with a large vocabulary
-    total = zeros.index_add(0, of, logp.gather(1, tokens[:, None])[:N, 0])
+    tokens = torch.nn.functional.pad(tokens, (0, len(logp) - N))  # each copy of `logp` counts
+    chosen = logp.gather(1, tokens[:, None])[:N, 0]
     with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradients):
-        entropy = zeros.index_add(0, of, -(logp.exp() * logp).sum(-1)[:N]) / n.clamp(min=1)
-    return total, entropy, last
+        return chosen, -(logp.exp() * logp).sum(-1)[:N]
+
+# %% ../../nbs/2_training/13_logprobs.ipynb #92d38771
+@lru_cache
+def _blockwise():  # (logits, tokens, temperature, whether the entropy has gradients) -> (log-probability, entropy)
+    import torch
+    def parts(logits, N, temperature):  # rows, and a copy of them over T in float32
+        size = max(2**18 // logits.shape[1], 1)
+        for first in range(0, N, size):
+            rows = slice(first, min(first + size, N))
+            x = logits[rows].to(torch.float32, copy=True)
+            yield rows, x if temperature == 1 else x.div_(temperature)
+    class Blockwise(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits, tokens, temperature, entropy_gradients):
+            # total: the logarithm of the sum of exp(x / T)
+            total, H, chosen = (logits.new_empty(len(tokens), dtype=torch.float32) for _ in range(3))
+            for rows, x in parts(logits, len(tokens), temperature):
+                top = x.amax(-1, keepdim=True)
+                at, e = x.sub_(top).gather(1, tokens[rows, None])[:, 0], x.exp()
+                s = e.sum(-1)
+                chosen[rows], total[rows] = at - s.log(), s.log() + top[:, 0]
+                H[rows] = s.log() - torch.linalg.vecdot(e, x) / s
+            ctx.save_for_backward(logits, tokens, total, H)
+            ctx.temperature = temperature
+            if not entropy_gradients: ctx.mark_non_differentiable(H)
+            return chosen, H
+        @staticmethod
+        def backward(ctx, g, g_H):
+            logits, tokens, total, H = ctx.saved_tensors
+            out = torch.empty_like(logits)
+            out[len(tokens):] = 0
+            for rows, x in parts(logits, len(tokens), ctx.temperature):
+                p = x.sub_(total[rows, None]).exp()
+                x.mul_(-g_H[rows, None]).sub_((g + g_H * H)[rows, None]).mul_(p)
+                x.scatter_add_(1, tokens[rows, None], g[rows, None])
+                out[rows] = x if ctx.temperature == 1 else x.div_(ctx.temperature)
+            return out, None, None, None
+    return Blockwise.apply
 
 # %% ../../nbs/2_training/13_logprobs.ipynb #c4da32cb
 def _hidden_states(model, contexts, read, groups):  # (R, L, h): a row for each group; tokens at the start left out
@@ -152,7 +200,8 @@ def answer_loss(
 def _loss(model, contexts, answers):
     from torch.nn.functional import cross_entropy
     logits, tokens, *_ = _logits(model, contexts, answers)
-    return cross_entropy(logits[:len(tokens)], tokens, reduction='sum')
+    if _is_large(logits): return -_blockwise()(logits, tokens, 1., False)[0].sum()
+    return cross_entropy(logits[:len(tokens)].float(), tokens, reduction='sum')
 
 # %% ../../nbs/2_training/13_logprobs.ipynb #880cc884
 def batch_loss(

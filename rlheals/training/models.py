@@ -259,12 +259,12 @@ def logits_from(
     model,
     hidden,  # last hidden states (..., h)
 ):
-    "The logits (..., V) that a model computes from its last hidden states, in float32."
+    "The logits (..., V) that a model computes from its last hidden states, in the precision in which it does so."
     import torch
-    c, logits = model.config.get_text_config(), model.get_output_embeddings()(hidden).float()
-    if scale := getattr(c, 'logit_scale', None): logits = logits * scale  # Cohere
-    if scale := getattr(c, 'logits_scaling', None): logits = logits / scale  # Granite
-    if cap := getattr(c, 'final_logit_softcapping', None): logits = cap * torch.tanh(logits / cap)  # Gemma
+    c, logits = model.config.get_text_config(), model.get_output_embeddings()(hidden)
+    if scale := getattr(c, 'logit_scale', None): logits = logits.float() * scale  # Cohere
+    if scale := getattr(c, 'logits_scaling', None): logits = logits.float() / scale  # Granite
+    if cap := getattr(c, 'final_logit_softcapping', None): logits = cap * torch.tanh(logits.float() / cap)  # Gemma
     return logits
 
 # %% ../../nbs/2_training/02_models.ipynb #30b225f9
