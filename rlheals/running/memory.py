@@ -16,6 +16,7 @@ from ..training.computing import computed_in
 from ..training.models import ASSETS, SMOLLM2, find_model, is_gguf
 from ..training.checkpoints import stored
 from ..training.generation import encode
+from ..training.logprobs import LARGE
 from ..training.settings import DTYPES
 from ..training.runs import Run
 from ..training.grpo import shared_rows
@@ -159,7 +160,7 @@ def _tokenizer(name):  # None if it is not on this machine
 
 # %% ../../nbs/6_running/03_memory.ipynb #51f897fd
 LIBRARIES = .6 * 2**30  # memory of Python, torch, transformers and TRL
-LOGITS = 5  # number of arrays of logits, in float32
+LOGITS = 5  # number of arrays of logits, in float32, where they are not computed in blocks (see `LARGE`)
 KERNELS = .15 * 2**30  # times the log of the number of passes, on a CPU (fitted to PPO: `tests/bench/memory.py`)
 MEASURED = ('sft', 'rl', 'grpo', 'baselines', 'evaluate')  # stages whose memory is estimated
 # `parts`: name -> bytes; of `activations` and `cache` only the larger counts in the total
@@ -191,7 +192,7 @@ def _reading(s, rows, shared, L, answer, c, width, fused):
         _activations(s, rows, L - shared, L, c, width, fused)
         + _activations(s, 1, shared, shared, c, width, fused)
         + (s.layers - s.skipped) * rows * shared * 2 * (_attended(s, fused) + s.kv_heads) * s.head_dim * width
-        + LOGITS * rows * answer * s.vocab * 4
+        + rows * answer * s.vocab * (4 * LOGITS if fused or s.vocab <= LARGE else 2 * width)  # or with their gradient
     )
 
 # %% ../../nbs/6_running/03_memory.ipynb #ad5ec3d1
