@@ -6,7 +6,7 @@ from rlheals.training.rl import rl_stage
 from rlheals.training.runs import Run
 from rlheals.training.sft import sft_stage
 
-CHANGES = ('rl.updates=12', 'rl.envs=16', 'rl.turns=2', 'model.max_new_tokens=40')  # long enough to be killed in
+CHANGES = ('rl.updates=12', 'rl.envs=16', 'rl.turns=2')
 # jobs in processes of their own, forked from one that has imported what they need: nineteen starts, one import
 FORKS = multiprocessing.get_context('forkserver')
 FORKS.set_forkserver_preload(['rlheals.training.rl', 'rlheals.training.sft', 'transformers.models.llama', 'trl'])

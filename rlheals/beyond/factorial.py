@@ -187,7 +187,7 @@ def _start(run, sft, start):  # response -> its value at the SFT checkpoint; mak
     name, how = f'{Path(sft.root).name}-{start:06d}', ' '.join(sft.changes)
     sft.path().mkdir(parents=True, exist_ok=True)
     with FileLock(Path(sft.root)/'.lock'):  # two cells that share it may run at the same time
-        if not sft.table('losses').exists() or not sft.weights('sft', start).exists(): sft_stage(sft)
+        if not sft.weights('sft', start).exists(): sft_stage(sft, until=start)
         if (made := cell_table(run, name, how)) is None:
             set_up_torch(run.config['eval']['threads'])
             m = run.config['model']

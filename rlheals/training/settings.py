@@ -337,7 +337,6 @@ PROFILES = dict(  # name -> changes of `TINY`
     smoke=dict(
         # a model that has learnt nothing answers at length, as often as it may
         task=dict(tries=2),
-        model=dict(max_new_tokens=16),
         base=dict(steps=50),
         sft=dict(examples=64, test_examples=16, max_steps=4, batch_size=8, warmup_steps=1, checkpoints=[0, 1, 2, 4]),
         rl=dict(starts=[2, 4], updates=2, envs=8, epochs=1, minibatch=8),

@@ -104,6 +104,7 @@ def train_sft(
     track=None,  # function (step, values) that logs to a tracker (see `tracker`)
     state=None,  # directory for what is needed to resume (one process only); the caller removes it
     keep_every: float = 120.,  # seconds of training after which the state is kept
+    until: int | None = None,  # step after which to stop, with the state kept (None: the last)
 ):
     """Fine-tune in place; returns a table of losses with the columns split, stage, checkpoint, metric, value.
 
@@ -154,7 +155,8 @@ def train_sft(
         def on_step_end(self, args, state, control, **kw):
             progress(state.global_step, args.max_steps)
             if state.global_step in c['checkpoints']: self.look(state.global_step)
-            if keeps and time.monotonic() - self.kept >= keep_every: control.should_save = True
+            control.should_training_stop |= (stops := state.global_step == until)
+            if keeps and (stops or time.monotonic() - self.kept >= keep_every): control.should_save = True
 
         def on_save(self, args, state, control, **kw):
             keep_state(Path(args.output_dir)/f'checkpoint-{state.global_step}', key, rows)
@@ -254,9 +256,11 @@ def sft_stage(
     run: Run,
     progress=lambda done, total: None,
     keep_every: float = 120.,  # seconds of training after which the state is kept
+    until: int | None = None,  # checkpoint after which to stop (None: the last); another call goes on from there
 ):
     """The SFT stage of a run: writes the checkpoints and the table `losses` (`problems`: fingerprint of the examples of
-    the split). Interrupted, it continues from the last state that was kept, in `partial/sft`."""
+    the split). Interrupted, it continues from the last state that was kept, in `partial/sft`. Stopped earlier, it
+    returns the losses so far and writes no table."""
     c = run.config['sft']
     if launch(run, 'sft'): return run.load('losses')
     set_up_torch(c['threads'], seed=run.seed)
@@ -275,10 +279,12 @@ def sft_stage(
     with tracker(run, 'sft') as track, keep_stopped(run, 'sft', model, tok):
         seed = hash64(run.seed, 'sft') % 2**31
         losses = train_sft(
-            model, tok, train, tests, c, seed, keep, progress, track=track, state=state, keep_every=keep_every
+            model, tok, train, tests, c, seed, keep, progress, track=track, state=state, keep_every=keep_every,
+            until=until,
         )
     if losses.empty: return  # another process has them
     losses.insert(1, 'problems', losses['split'].map({s: fingerprint([p for p, _ in ps]) for s, ps in pairs.items()}))
+    if until not in (None, c['max_steps']): return losses
     saved = run.save(losses, 'losses')
     remove(state)
     return saved
