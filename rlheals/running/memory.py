@@ -188,11 +188,13 @@ def _activations(s, rows, tokens, L, c, width, fused):
     return used * rows * tokens * s.hidden * width + 3 * layer
 # the same where what all rows begin with, `shared` tokens, is read once, and only answers have logits
 def _reading(s, rows, shared, L, answer, c, width, fused):
+    # bytes for each logit: computed in blocks, only the logits and their gradient are kept
+    logit = 4 * LOGITS if fused or s.vocab <= LARGE else 2 * width
     return (
         _activations(s, rows, L - shared, L, c, width, fused)
         + _activations(s, 1, shared, shared, c, width, fused)
         + (s.layers - s.skipped) * rows * shared * 2 * (_attended(s, fused) + s.kv_heads) * s.head_dim * width
-        + rows * answer * s.vocab * (4 * LOGITS if fused or s.vocab <= LARGE else 2 * width)  # or with their gradient
+        + rows * answer * s.vocab * logit
     )
 
 # %% ../../nbs/6_running/03_memory.ipynb #ad5ec3d1
