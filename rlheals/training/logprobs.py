@@ -94,7 +94,7 @@ def _of_tokens(logits, tokens, temperature, entropy_gradients):
     if _is_large(logits): return _blockwise()(logits, tokens, temperature, entropy_gradients)
     N, logits = len(tokens), logits.float()
     logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
-    tokens = torch.nn.functional.pad(tokens, (0, len(logp) - N))  # each copy of `logp` counts
+    tokens = torch.nn.functional.pad(tokens, (0, len(logp) - N))  # a copy of `logp` is large on a GPU
     chosen = logp.gather(1, tokens[:, None])[:N, 0]
     with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradients):
         return chosen, -(logp.exp() * logp).sum(-1)[:N]

@@ -256,7 +256,8 @@ def sft_stage(
     run: Run,
     progress=lambda done, total: None,
     keep_every: float = 120.,  # seconds of training after which the state is kept
-    until: int | None = None,  # checkpoint after which to stop (None: the last); another call goes on from there
+    # checkpoint after which to stop (None: the last; one process only); another call goes on from there
+    until: int | None = None,
 ):
     """The SFT stage of a run: writes the checkpoints and the table `losses` (`problems`: fingerprint of the examples of
     the split). Interrupted, it continues from the last state that was kept, in `partial/sft`. Stopped earlier, it
