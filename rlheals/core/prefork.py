@@ -13,15 +13,27 @@ from pathlib import Path
 # %% ../../nbs/0_core/05_prefork.ipynb #14cabc31
 FILE = __file__ if '__file__' in globals() else str(Path('../../rlheals/core/prefork.py').resolve())  # this module
 ADDRESS = 'RLHEALS_PREFORK'  # environment variable with the server's address, set for a run's processes
-LIBRARIES = dict(  # group -> modules, in the order in which a run needs them
+LIBRARIES = dict(  # group -> modules, in the order in which a run needs them; or `module:function`, which is called
     always=(
-        'papermill.cli', 'ipykernel.kernelapp', 'ipykernel.zmqshell', 'pandas', 'pyarrow.parquet',
+        'papermill.cli', 'ipykernel.kernelapp', 'ipykernel.zmqshell', 'ipykernel.debugger', 'pandas', 'pyarrow.parquet',
         'rlheals.running.workflow',
     ),
-    training=('trl.trainer.sft_trainer', 'trl.trainer.grpo_trainer', 'peft'),
-    model=('torch', 'safetensors.torch', 'transformers.models.llama.modeling_llama', 'scipy.stats'),
-    drawing=('matplotlib.pyplot', 'seaborn', 'scipy.stats'),
+    # torch uses the last one when a process ends
+    training=('trl.trainer.sft_trainer', 'trl.trainer.grpo_trainer', 'peft', 'tabulate'),
+    model=(
+        'torch', 'safetensors.torch', 'transformers.models.llama.modeling_llama', 'scipy.stats',
+        'rlheals.tasks.formulas:solve_usual_hands',
+    ),
+    drawing=(
+        'matplotlib.pyplot', 'matplotlib.backends.backend_svg', 'matplotlib_inline.backend_inline', 'seaborn',
+        'scipy.stats', 'statsmodels.stats.proportion',
+    ),
 )
+def _load(name):  # import a module of `LIBRARIES`, or call a function
+    import importlib
+    module, _, function = name.partition(':')
+    module = importlib.import_module(module)
+    if function: getattr(module, function)()
 
 # %% ../../nbs/0_core/05_prefork.ipynb #55ac632e
 def _run_module(
@@ -46,12 +58,15 @@ def _take_place(asked, files):  # become the client: its files, directory and en
 
 # %% ../../nbs/0_core/05_prefork.ipynb #7131b35e
 def _follow(connection):  # b'I' is an interrupt of the client; a closed connection means that the client is gone
-    while connection.recv(1) == b'I': os.kill(os.getpid(), signal.SIGINT)
+    with suppress(OSError):  # reset, where the client was killed before it had read that the job has begun
+        while connection.recv(1) == b'I': os.kill(os.getpid(), signal.SIGINT)
     os._exit(137)
 
 # %% ../../nbs/0_core/05_prefork.ipynb #687009d5
 def _work(connection):  # runs in the fork and does not return
-    import atexit, threading, traceback
+    import atexit, threading, traceback, weakref
+    # what is to be finalised at the end of the server; torch has hundreds of these
+    for f in list(weakref.finalize._registry): f.atexit = False
     status = 1
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -81,7 +96,7 @@ def _serve(
     groups=(),  # groups of `LIBRARIES` to import besides `always`
 ):
     "Import libraries and run modules in forks of this process until its parent ends."
-    import gc, importlib
+    import gc
     parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # interrupts are meant for the jobs
     # a kernel sets this before matplotlib is imported
@@ -95,7 +110,7 @@ def _serve(
                 if os.fork() == 0: listener.close(); _work(connection)
             connection.close()
         elif names:
-            with suppress(ImportError): importlib.import_module(names.pop(0))
+            with suppress(ImportError): _load(names.pop(0))
         with suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]: pass  # reap forks that have ended
 
