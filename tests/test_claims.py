@@ -9,10 +9,11 @@ from rlheals.running.plan import snakemake
 from rlheals.running.tables import publish
 from rlheals.results.claims import CLAIMS
 from rlheals.running.cli import app
-from rlheals.running.ledger import (PUBLISHED, check_ledger, judge_tasks, make_inputs, markdown, read_published,
-                                    read_run, write_made_up)
+from rlheals.running.ledger import (PUBLISHED, check_ledger, judge_tasks, make_inputs, read_published, read_run,
+                                    write_made_up)
 from rlheals.training.runs import Run
 from rlheals.results.made_up_runs import DESIGNS, UNKIND, WORLD, Runs
+from rlheals.results.verdicts import markdown
 from rlheals.results.trials import FALSE_HERE, false_positives, false_refutations, power
 
 ROOT = Path(__file__).parents[1]

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SEEDS', 'PUBLISHED', 'DECISIVE', 'LAYOUT', 'judgeable', 'claim_inputs', 'seeds_there', 'tasks_to_judge',
            'check_ledger', 'remember', 'deleted', 'make_inputs', 'read_run', 'judge_tasks', 'rules', 'registration',
-           'markdown', 'save_ledger', 'earlier_settings', 'read_published', 'write_made_up']
+           'read_published', 'earlier_settings', 'published_others', 'save_ledger', 'write_made_up']
 
 # %% ../../nbs/6_running/11_ledger.ipynb #d09c46c0
 import json, os
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,11 +18,10 @@ from ..core.files import complete, record_outputs, write_record
 from ..tasks.protocol import TASKS
 from ..training.settings import TINY
 from ..training.runs import Run
-from ..results.style import TASK_NAMES
 from ..results.evidence import NEEDS, PART, arrays
 from ..results.testing import ALPHA
 from ..results.claims import CLAIMS, KEPT, POINTS
-from ..results.verdicts import ledger_rows
+from ..results.verdicts import ledger_rows, markdown
 from .tables import (TABLES, figures_dir, home, load_tables, provenance, published_dir, seeds_done,
                                     tables_of, variants)
 from .workflow import command, execute
@@ -169,75 +169,7 @@ def registration() -> dict:
     settings = {t: {s: c[s] for s in DECISIVE} for t, c in runs.items()}
     return json.loads(json.dumps(dict(rules=rules(), seeds=PUBLISHED, settings=settings)))
 
-# %% ../../nbs/6_running/11_ledger.ipynb #e715d5e3
-def markdown(
-    claims,  # DataFrame of claims, from `judge_tasks` or `ledger.csv`
-) -> str:
-    "The ledger as Markdown: the verdicts of all tasks side by side, then the effects behind them per task."
-    tasks, cell = list(dict.fromkeys(claims['task'])), claims.fillna('').set_index(['claim', 'task'])
-    says = dict(zip(claims['claim'], claims['says']))
-    line = lambda cells: '| ' + ' | '.join(str(c).replace('|', '/') for c in cells) + ' |'
-    out = [line(['claim', 'it says', *(TASK_NAMES.get(t, t) for t in tasks)]), line(['---'] * (2 + len(tasks)))]
-    out += [line([c, says[c], *(cell.loc[(c, t), 'verdict'] for t in tasks)]) for c in says]
-    for t in tasks:
-        mine = claims[claims.task == t].fillna('')
-        out += [
-            '',
-            f'**{TASK_NAMES.get(t, t)}**: {mine.seeds.iloc[0]} seeds judged, {mine.episodes.iloc[0]} episodes per '
-            'checkpoint and split. '
-            f'Accuracies in points; 95 % intervals over seeds, not corrected; verdicts corrected for {len(says)} '
-            'claims. Seeds share most of the test problems, so the intervals speak of these.',
-            '',
-            line(['claim', 'verdict', 'effect', 'why']),
-            line(['---'] * 4),
-        ]
-        out += [
-            line([r.claim, f'**{r.verdict}**' if r.verdict in ('supported', 'refuted') else r.verdict, r.effect, r.why])
-            for r in mine.itertuples()
-        ]
-    return '\n'.join(out) + '\n'
-
 # %% ../../nbs/6_running/11_ledger.ipynb #2837b609
-def save_ledger(
-    run: Run,  # run that was judged
-    data: dict,  # task -> arrays, as from `read_run`
-    seeds: dict,  # task -> number of seeds, as from `check_ledger`
-) -> Path:
-    """Write the ledger next to the figures and return the directory.
-
-    It consists of `ledger.csv` (claims), `ledger_parts.csv`, `ledger.md`, `ledger.npz` (the arrays, episode by episode)
-    and `ledger.json` (provenance, the rules, and when the first of the tables was made)."""
-    folder, (claims, parts) = figures_dir(home(run)), judge_tasks(data)
-    inputs = [p for t, n in seeds.items() for p in claim_inputs(run, n, [t])]
-    record = provenance(run, inputs, seeds) | dict(chooses=[0], rules=rules())
-    record['begun'] = datetime.fromtimestamp(min(p.stat().st_mtime for p in inputs), timezone.utc).isoformat()
-    record['settings'] = {t: replace(run, task_name=t).config for t in seeds}
-    with complete(folder/'ledger.npz') as tmp:
-        with open(tmp, 'wb') as file:
-            np.savez_compressed(file, **{f'{t}/{k}': np.asarray(v) for t, d in data.items() for k, v in d.items()})
-    for name, text in (
-        ('ledger.csv', claims.to_csv(index=False, lineterminator='\n')),
-        ('ledger_parts.csv', parts.to_csv(index=False, float_format='%.6g', lineterminator='\n')),
-        ('ledger.md', markdown(claims)),
-    ):
-        with complete(folder/name) as tmp: tmp.write_text(text)
-    record['outputs'] = record_outputs(
-        folder / name for name in ('ledger.csv', 'ledger_parts.csv', 'ledger.md', 'ledger.npz')
-    )
-    write_record(folder/'ledger.json', record)
-    return folder
-
-# %% ../../nbs/6_running/11_ledger.ipynb #4f4ce0f0
-def earlier_settings(
-    run: Run,  # run with today's settings
-    tasks=(),  # names of tasks (default: all in the ledger)
-) -> bool:
-    "Whether the published ledger was made with settings other than today's."
-    try: read_published(run, tasks)
-    except ValueError: return True
-    return False
-
-# %% ../../nbs/6_running/11_ledger.ipynb #4217138e
 LAYOUT = ('cluster', 'storage')  # sections of the settings that do not affect results
 def read_published(
     run: Run,  # run with today's settings
@@ -271,6 +203,74 @@ def read_published(
                 )
             out[t] = {k.removeprefix(f'{t}/'): kept[k] for k in kept.files if k.startswith(f'{t}/')}
     return out
+
+# %% ../../nbs/6_running/11_ledger.ipynb #4f4ce0f0
+def earlier_settings(
+    run: Run,  # run with today's settings
+    tasks=(),  # names of tasks (default: all in the ledger)
+) -> bool:
+    "Whether the published ledger was made with settings other than today's."
+    try: read_published(run, tasks)
+    except ValueError: return True
+    return False
+
+# %% ../../nbs/6_running/11_ledger.ipynb #39a5ab5b
+def published_others(
+    run: Run,  # run that is judged
+    seeds: dict,  # task -> number of seeds, as from `check_ledger`
+) -> tuple[dict, dict]:
+    """(Task -> arrays of the published ledger, its record): of the tasks that are not judged now, and that were judged
+    by today's rules and settings."""
+    folder, found = published_dir(home(run)), {}
+    if folder == figures_dir(home(run)) or not (folder/'ledger.json').exists(): return {}, {}
+    record = json.loads((folder/'ledger.json').read_text())
+    for t in record['seeds'] if record['rules'] == rules() else ():
+        with suppress(ValueError): found |= read_published(run, [t]) if t not in seeds else {}
+    return found, record
+def _joined(record, before, others):  # the record of a ledger with the parts of an earlier one about other tasks
+    made_by = {t: {k: before[k] for k in ('commit', 'rlheals', 'python', 'libraries')} for t in others}
+    out = record | dict(
+        taken_over=made_by | {t: v for t, v in before.get('taken_over', {}).items() if t in others},
+        begun=min(record['begun'], before['begun']),
+        tasks=[*record['tasks'], *others],
+        inputs=record['inputs'] | {p: v for p, v in before['inputs'].items() if p.split('/')[0] in others},
+    )
+    for k in ('seeds', 'settings'): out[k] = record[k] | {t: before[k][t] for t in others}
+    return out
+
+# %% ../../nbs/6_running/11_ledger.ipynb #4217138e
+def save_ledger(
+    run: Run,  # run that was judged
+    data: dict,  # task -> arrays, as from `read_run`
+    seeds: dict,  # task -> number of seeds, as from `check_ledger`
+) -> Path:
+    """Write the ledger next to the figures and return the directory.
+
+    It consists of `ledger.csv` (claims), `ledger_parts.csv`, `ledger.md`, `ledger.npz` (the arrays, episode by episode)
+    and `ledger.json` (provenance, the rules, and when the first of the tables was made). Other tasks that the published
+    ledger has judged by today's rules and settings are taken over from it."""
+    folder, (others, before) = figures_dir(home(run)), published_others(run, seeds)
+    data = {t: (data | others)[t] for t in dict.fromkeys([*TASKS, *data]) if t in data or t in others}
+    claims, parts = judge_tasks(data)
+    inputs = [p for t, n in seeds.items() for p in claim_inputs(run, n, [t])]
+    record = provenance(run, inputs, seeds) | dict(chooses=[0], rules=rules())
+    record['begun'] = datetime.fromtimestamp(min(p.stat().st_mtime for p in inputs), timezone.utc).isoformat()
+    record['settings'] = {t: replace(run, task_name=t).config for t in seeds}
+    if others: record = _joined(record, before, others)
+    with complete(folder/'ledger.npz') as tmp:
+        with open(tmp, 'wb') as file:
+            np.savez_compressed(file, **{f'{t}/{k}': np.asarray(v) for t, d in data.items() for k, v in d.items()})
+    for name, text in (
+        ('ledger.csv', claims.to_csv(index=False, lineterminator='\n')),
+        ('ledger_parts.csv', parts.to_csv(index=False, float_format='%.6g', lineterminator='\n')),
+        ('ledger.md', markdown(claims)),
+    ):
+        with complete(folder/name) as tmp: tmp.write_text(text)
+    record['outputs'] = record_outputs(
+        folder / name for name in ('ledger.csv', 'ledger_parts.csv', 'ledger.md', 'ledger.npz')
+    )
+    write_record(folder/'ledger.json', record)
+    return folder
 
 # %% ../../nbs/6_running/11_ledger.ipynb #0d1935b8
 def write_made_up(

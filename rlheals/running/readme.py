@@ -45,7 +45,7 @@ def ledger_of(
     registered."""
     import pandas as pd
     from rlheals.results.claims import CLAIMS
-    from rlheals.running.ledger import markdown
+    from rlheals.results.verdicts import markdown
     path = Path(folder)/'ledger.csv'
     # the effects behind the verdicts are in `ledger.md`
     if path.exists(): return markdown(pd.read_csv(path)).split('\n\n')[0]
