@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REGISTERED', 'registration', 'contradictions', 'registered', 'confirm_arm', 'confirm_seed', 'confirm',
-           'confirmation_table', 'judged', 'verdict', 'compared']
+           'confirmation_table', 'judged', 'verdict', 'compared', 'in_short']
 
 # %% ../../nbs/5_beyond/21_confirmation.ipynb #e4823fc5
 import json
@@ -166,3 +166,25 @@ def compared(
             key = dict(response=response, arm=arm, than=than, seeds=len(x))
             rows.append(key | dict(mean=mean, low=mean - reach, high=mean + reach))
     return pd.DataFrame(rows)
+
+# %% ../../nbs/5_beyond/21_confirmation.ipynb #7cb8042c
+def in_short(
+    found: dict,  # of `judged`
+    arms,  # DataFrame of `compared`
+    said: dict,  # what is registered
+    link: str = '',  # address of a page with more
+) -> str:
+    "The outcome in one sentence: how much more the margin changes in one arm than in the other, and OOD accuracy."
+    larger, than = said['primary']['larger'], said['primary']['than']
+    own, other = (said['arms'][name]['settings'] for name in (larger, than))
+    changed = ', '.join(f'`{s}`' for s in own if s not in other)
+    row = arms[(arms.response == 'success') & (arms.arm == larger) & (arms.than == than)].iloc[0]
+    number = lambda r, scale, form: '{} [{}, {}]'.format(*(f'{scale * r[k]:{form}}' for k in ('mean', 'low', 'high')))
+    which = f'{_ARMS[larger]} than {_ARMS[than]}'
+    if changed and than == 'default': which = f'with {changed} than without'
+    start = f"{'Confirmed' if found['confirmed'] else 'Not confirmed'} on {found['seeds']} fresh seeds"
+    if link: start = f'[{start}]({link})'
+    return (
+        f"{start}: the margin changes by {number(found, 1, '+.2f')} nats more {which}, "
+        f"OOD accuracy by {number(row, 100, '+.1f')} points."
+    )
