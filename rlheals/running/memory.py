@@ -151,11 +151,14 @@ def _common(xs):
     return commonprefix(list(xs))
 @lru_cache(maxsize=4)
 def _tokenizer(name):  # None if it is not on this machine
-    from transformers import AutoTokenizer
-    path = find_model(name)
+    import transformers
+    path, how = find_model(name), dict(trust_remote_code=False)
     if is_gguf(path):
-        return AutoTokenizer.from_pretrained(Path(path).parent, gguf_file=Path(path).name, trust_remote_code=False)
-    try: return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(Path(path).parent, gguf_file=Path(path).name, **how)
+    # `AutoTokenizer` imports the model's own modules, which takes a second
+    fast = (Path(path)/'tokenizer.json').is_file()
+    kind = transformers.PreTrainedTokenizerFast if fast else transformers.AutoTokenizer
+    try: return kind.from_pretrained(path, local_files_only=True, **how)
     except (OSError, ValueError): return None
 
 # %% ../../nbs/6_running/03_memory.ipynb #51f897fd
