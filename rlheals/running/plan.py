@@ -165,7 +165,8 @@ def plan(run: Run, seeds: int = 1, targets=(), tasks=()) -> list[Job]:
         if row['plan'] == 'no update': continue
         path = Path(os.path.normpath(base/row['output_file']))
         seed = int(m[1]) if (m := re.search(r'seed(\d+)', row['output_file'])) else 0
-        rule, number = row['rule'].split('_')  # rules are named by stage and number of the task
+        # rules are named by stage and number of the task, and those of jobs that come before others `_first`
+        rule, number = row['rule'].removesuffix('_first').split('_')
         task = '' if number == 'all' else (tasks or [run.task_name])[int(number)]
         name = {
             'base': 'base',
