@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core.files import digest, remove
 from ..training.runs import Run, decisive
 from .factorial import SEEDS, cell_how, cell_table, factorial_cell, over_seeds
-from .when_rl_heals import confirmation, tested
+from .when_rl_heals import confirmation, tested, with_interval
 
 # %% ../../nbs/5_beyond/21_confirmation.ipynb #156161ce
 REGISTERED = 'confirmation-registration.json'  # file beside `factorial.csv`
@@ -179,12 +179,11 @@ def in_short(
     own, other = (said['arms'][name]['settings'] for name in (larger, than))
     changed = ', '.join(f'`{s}`' for s in own if s not in other)
     row = arms[(arms.response == 'success') & (arms.arm == larger) & (arms.than == than)].iloc[0]
-    number = lambda r, scale, form: '{} [{}, {}]'.format(*(f'{scale * r[k]:{form}}' for k in ('mean', 'low', 'high')))
     which = f'{_ARMS[larger]} than {_ARMS[than]}'
     if changed and than == 'default': which = f'with {changed} than without'
     start = f"{'Confirmed' if found['confirmed'] else 'Not confirmed'} on {found['seeds']} fresh seeds"
     if link: start = f'[{start}]({link})'
     return (
-        f"{start}: the margin changes by {number(found, 1, '+.2f')} nats more {which}, "
-        f"OOD accuracy by {number(row, 100, '+.1f')} points."
+        f"{start}: the margin changes by {with_interval(found, 1, '+.2f')} nats more {which}, "
+        f"OOD accuracy by {with_interval(row, 100, '+.1f')} points."
     )

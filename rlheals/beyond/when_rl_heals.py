@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEVEL', 'OF_START', 'effect_names', 'contrasts', 'tested', 'effects', 'made_up_study', 'spread_of', 'detectable',
-           'power', 'best_levels', 'default_levels', 'seeds_needed', 'confirmation', 's8', 'reading_s8', 'in_short']
+           'power', 'best_levels', 'default_levels', 'seeds_needed', 'confirmation', 's8', 'with_interval',
+           'reading_s8', 'in_short']
 
 # %% ../../nbs/5_beyond/20_when_rl_heals.ipynb #05c4e559
 import numpy as np
@@ -227,14 +228,23 @@ def _read(data):
     of = {r: d.set_index('effect') for r, d in data.groupby('response')}
     main = of[PRIMARY][of[PRIMARY].kind == 'main'].sort_values('mean', key=abs, ascending=False)
     return of, main, main[main.p_holm < LEVEL]
-def _interval(r, scale, form):  # of a row: mean and interval, with sign
-    return '{} [{}, {}]'.format(*(format(scale * r[k], form) for k in ('mean', 'low', 'high')))
+
+# %% ../../nbs/5_beyond/20_when_rl_heals.ipynb #1147c5cb
+def with_interval(
+    row,  # with `mean`, `low`, `high`
+    scale: float,  # what they are multiplied by
+    form: str,  # format of each, like `+.2f`
+) -> str:
+    "A mean and its interval."
+    return '{} [{}, {}]'.format(*(format(scale * row[k], form) for k in ('mean', 'low', 'high')))
+
+# %% ../../nbs/5_beyond/20_when_rl_heals.ipynb #329241f3
 @s8.reads
 def reading_s8(
     data,  # the table behind S8
 ) -> str:
     "Which settings change what RL restores, in Markdown."
-    (of, main, sure), number = _read(data), lambda r, scale=1: _interval(r, scale, '+.3g')
+    (of, main, sure), number = _read(data), lambda r, scale=1: with_interval(r, scale, '+.3g')
     pairs = of[PRIMARY][of[PRIMARY].kind == 'pairs']
     told = lambda rows: '; '.join(f'{FACTORS[e][0]} {number(r)}' for e, r in rows.iterrows()) or 'none'
     apart = pairs[(pairs.low > 0) | (pairs.high < 0)]
@@ -257,7 +267,7 @@ def in_short(
     (of, _, sure), runs = _read(data), len(design()) * int(data.seeds.max())
     every = f'Of {len(FACTORS)} settings varied in {runs} runs'
     if sure.empty: return f'{every} (development seeds), none surely changes what RL restores.'
-    changes = lambda r, scale, form: ' and '.join(_interval(of[r].loc[e], scale, form) for e in sure.index)
+    changes = lambda r, scale, form: ' and '.join(with_interval(of[r].loc[e], scale, form) for e in sure.index)
     names = ' and '.join(f'the {FACTORS[e][0]}' for e in sure.index)
     return (
         f'{every} (development seeds), {names} surely {"change" if len(sure) > 1 else "changes"} what RL restores of '

@@ -65,7 +65,7 @@ def _follow(connection):  # b'I' is an interrupt of the client; a closed connect
 # %% ../../nbs/0_core/05_prefork.ipynb #687009d5
 def _work(connection):  # runs in the fork and does not return
     import atexit, threading, traceback, weakref
-    # what is to be finalised at the end of the server; torch has hundreds of these
+    # these were registered by libraries, torch above all, for the end of the server
     for f in list(weakref.finalize._registry): f.atexit = False
     status = 1
     try:

@@ -224,8 +224,10 @@ def published_others(
     folder, found = published_dir(home(run)), {}
     if folder == figures_dir(home(run)) or not (folder/'ledger.json').exists(): return {}, {}
     record = json.loads((folder/'ledger.json').read_text())
-    for t in record['seeds'] if record['rules'] == rules() else ():
-        with suppress(ValueError): found |= read_published(run, [t]) if t not in seeds else {}
+    if record['rules'] != rules(): return {}, record
+    for t in record['seeds']:
+        if t in seeds: continue
+        with suppress(ValueError): found |= read_published(run, [t])
     return found, record
 def _joined(record, before, others):  # the record of a ledger with the parts of an earlier one about other tasks
     made_by = {t: {k: before[k] for k in ('commit', 'rlheals', 'python', 'libraries')} for t in others}
