@@ -196,8 +196,9 @@ def evaluated(
 ):
     "The evaluation of a checkpoint that the run has already made, as `evaluate_run` returns it."
     stage, step = Path(path).name.split('-')
-    table = run.load(*evaluation_parts(run, stage))
-    table = table[(table.checkpoint == int(step)) & (table.metric != 'answer_loss')]
+    step = int(step)
+    table = run.load(next(n for n, steps in evaluation_parts(run, stage).items() if step in steps))
+    table = table[(table.checkpoint == step) & (table.metric != 'answer_loss')]
     return table.drop(columns=['stage', 'checkpoint', 'is_end']).reset_index(drop=True)
 
 # %% ../../nbs/3_analysis/11_surgery.ipynb #b86879c2
