@@ -13,7 +13,8 @@ from rlheals.running.ledger import (PUBLISHED, check_ledger, judge_tasks, make_i
                                     write_made_up)
 from rlheals.training.runs import Run
 from rlheals.results.made_up_runs import DESIGNS, UNKIND, WORLD, Runs
-from rlheals.results.verdicts import markdown
+from rlheals.results.style import TASK_NAMES
+from rlheals.results.verdicts import UNTESTABLE, markdown
 from rlheals.results.trials import FALSE_HERE, false_positives, false_refutations, power
 
 ROOT = Path(__file__).parents[1]
@@ -155,6 +156,18 @@ def test_published_episodes_are_judged_where_there_are_no_tables(root):
     with pytest.raises(ValueError, match='other settings of rank'): read_published(Run('tiny', root=root), ['rank'])
 
 
+def test_what_a_new_ledger_would_drop_is_said(root):
+    claims('--runs', root, '--write'); publish(Run('tiny', root=root))
+    shutil.rmtree(root/'tiny'/'general_points')
+    write = lambda: ' '.join(claims('--runs', root, '--task', 'rank', '--write').output.split())
+    assert 'Not in it' not in write()  # taken over
+    path = root.parent/'figures'/'ledger.json'
+    record = json.loads(path.read_text())
+    record['settings']['general_points']['rl']['updates'] = 7
+    path.write_text(json.dumps(record))
+    assert 'Not in it: general_points, judged in the published ledger by other rules or settings' in write()
+
+
 def test_a_hole_in_a_table_is_said(root):
     run = Run('tiny', root=root, task_name='rank', seed=2)
     losses = pd.read_parquet(run.table('losses'))
@@ -199,9 +212,13 @@ def test_what_is_published_is_what_the_command_wrote():
     assert path.exists() != ('No seed has been judged by these rules yet' in readme)
     assert all(f'| {c} | {claim.says} |' in readme for c, claim in CLAIMS.items())
     if not path.exists(): return
-    text = markdown(pd.read_csv(path))
-    assert (ROOT/'figures'/'ledger.md').read_text() == text and text.split('\n\n')[0] in readme
-    assert markdown(judge_tasks(read_published(Run('tiny', root=ROOT/'runs'), earlier=True))[0]) == text
+    text, judged = markdown(pd.read_csv(path)), judge_tasks(read_published(Run('tiny', root=ROOT/'runs')))[0]
+    assert (ROOT/'figures'/'ledger.md').read_text() == text == markdown(judged)
+    assert markdown(judged[judged.task == 'general_points']).split('\n\n')[0] in readme
+    others = judged[judged.task != 'general_points']
+    for (task, verdict), rows in others[others.verdict != UNTESTABLE].groupby(['task', 'verdict']):
+        said = re.search(f'{TASK_NAMES[task]}: SFT loses [^.]*(?:\\.\\d[^.]*)*', readme)[0]
+        assert f"{verdict} {', '.join(rows.claim)}" in said
 
 
 def test_verdicts_beside_the_figures_are_the_commands():

@@ -6,7 +6,7 @@
 __all__ = ['claims', 'show', 'pretrain', 'stage', 'test', 'readme', 'docs']
 
 # %% ../../nbs/6_running/19_commands_results.ipynb #9b517e36
-import os, subprocess, sys, typer
+import json, os, subprocess, sys, typer
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
@@ -90,10 +90,17 @@ def claims(
         )
     else: remember(run, used)
     if write:
+        folder, published = save_ledger(run, data, used), published_dir(home(run))
         console.print(
             'written: ledger.csv, ledger_parts.csv, ledger.md, ledger.npz and ledger.json in '
-            f'{os.path.relpath(save_ledger(run, data, used))}'
+            f'{os.path.relpath(folder)}'
         )
+        of = lambda f: json.loads((f/'ledger.json').read_text())['seeds'] if (f/'ledger.json').exists() else {}
+        if lost := [t for t in of(published) if t not in of(folder)]:
+            console.print(
+                f"Not in it: {', '.join(lost)}, judged in the published ledger by other rules or settings. Publishing "
+                'this one would drop that.'
+            )
 
 # %% ../../nbs/6_running/19_commands_results.ipynb #f2c9c5d3
 def _show(found, console):
@@ -162,7 +169,6 @@ def pretrain(
     "Pretrain the tiny base model from scratch, and compare it with the one in the package."
     from rlheals.training.models import load_model, save_model
     from rlheals.training.pretraining import compare, examine, pretrain
-    import json
     model, tokenizer, record = pretrain(**(dict(steps=steps) if steps else {}))
     shipped, _ = load_model('tiny', device='cpu')
     record['accuracy'], theirs = examine(model, tokenizer), examine(shipped, tokenizer)
