@@ -218,7 +218,7 @@ def test_what_is_published_is_what_the_command_wrote():
     others = judged[judged.task != 'general_points']
     for (task, verdict), rows in others[others.verdict != UNTESTABLE].groupby(['task', 'verdict']):
         said = re.search(f'{TASK_NAMES[task]}: SFT loses [^.]*(?:\\.\\d[^.]*)*', readme)[0]
-        assert f"{verdict} {', '.join(rows.claim)}" in said
+        assert f"{', '.join(rows.claim)} {verdict}" in said
 
 
 def test_verdicts_beside_the_figures_are_the_commands():

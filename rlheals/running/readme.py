@@ -111,7 +111,7 @@ def other_tasks(
     for task, t in pd.read_csv(path).query("task != 'general_points'").groupby('task', sort=False):
         lost = _effect(t := t.set_index('claim'), 'C1', 'OOD accuracy, peak minus')
         of = {v: ', '.join(t.index[t.verdict == v]) for v in VERDICTS[::-1]}
-        said = [f'{v} {claims}' for v, claims in of.items() if claims]
+        said = [f'{claims} {v}' for v, claims in of.items() if claims]
         if not t.verdict.isin(VERDICTS).all(): said.append('the others not testable')
         out.append(f"{TASK_NAMES.get(task, task)}: SFT loses {lost} points after the OOD peak; {'; '.join(said)}.")
     return '- **Other tasks.** ' + ' '.join(out) if out else ''
