@@ -8,7 +8,7 @@ __all__ = ['STORY', 'save_references', 'verdicts', 'command_of', 'words', 'entry
 # %% ../../nbs/6_running/13_gallery.ipynb #a7cb6fe6
 import json, re
 from pathlib import Path
-from ..training.rules import load_profile
+from ..training.runs import Run
 from ..training.settings import home_task
 from ..results.style import TASK_NAMES, save
 from ..results.paper_numbers import REPORTED, reference, reported
@@ -179,7 +179,8 @@ def made_with(
     which, commits = [], set()
     for task in ('', *TASK_NAMES):
         records = {p.stem: json.loads(p.read_text()) for p in sorted((Path(folder)/task).glob('[FS]*.json'))}
-        old = {f: r for f, r in records.items() if differing(r['settings'], load_profile(r['profile'], r['changes']))}
+        now = lambda r: Run(r['profile'], tuple(r['changes']), task_name=r['tasks'][0]).config  # tasks have their own
+        old = {f: r for f, r in records.items() if differing(r['settings'], now(r))}
         if old: which.append(f'figures of {task}' if task else ', '.join(old))
         commits |= {r['commit'][:7] for r in old.values() if r['commit']}
     if not which: return ''

@@ -196,7 +196,7 @@ def read_published(
                 dict(scale=TINY['scale']) | record['settings'][t],
                 json.loads(json.dumps(replace(run, task_name=t).config)),
             )
-            # a section that is no more decides nothing
+            # a section that no longer exists decides nothing
             if not earlier and any(then[s] != now[s] for s in then if s in now and s not in LAYOUT):
                 raise ValueError(
                     f'the ledger in {folder} was made with other settings of {t}: make it again with\n  '
