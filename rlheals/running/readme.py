@@ -54,9 +54,9 @@ def ledger_of(
     return f'**No seed has been judged by these rules yet.**\n\n| claim | it says |\n| --- | --- |\n{says}'
 
 # %% ../../nbs/6_running/14_readme.ipynb #73397bf0
-def _effect(table, claim, part):  # an effect with its interval, named by a part of its name
+def _effect(path, table, claim, part):  # an effect with its interval, named by a part of its name
     found = [e for e in table.effect[claim].split('; ') if part in e]
-    if len(found) != 1: raise ValueError(f'{claim} has {len(found)} effects with {part!r} in their name')
+    if len(found) != 1: raise ValueError(f'{path}: {claim} has {len(found)} effects with {part!r} in their name')
     return re.search(r'-?[\d.]+(?: %)? \[[^]]+\]', found[0])[0]
 
 # %% ../../nbs/6_running/14_readme.ipynb #95075382
@@ -76,7 +76,7 @@ def plain_words(
     import pandas as pd
     if not (path := Path(folder)/'ledger.csv').exists(): return ''
     t = pd.read_csv(path).query("task == 'general_points'").set_index('claim')
-    n = partial(_effect, t)
+    n = partial(_effect, path, t)
     if other := [f'{c}: {v}' for c, v in t.verdict.items() if v != _WRITTEN_FOR.get(c)]:
         raise ValueError(f"{path} has other verdicts ({', '.join(other)}): write the sentences of `plain_words` anew")
     text = f"""\
@@ -102,19 +102,23 @@ def plain_words(
 def other_tasks(
     folder,  # directory with `ledger.csv`
 ) -> str:
-    """The verdicts on tasks other than GeneralPoints, in one paragraph of Markdown; empty if none was judged."""
+    """What SFT loses on tasks other than GeneralPoints, and the claims decided there, in one paragraph of Markdown.
+
+    Empty if none was judged."""
     import pandas as pd
     from rlheals.results.style import TASK_NAMES
-    from rlheals.results.verdicts import VERDICTS
     if not (path := Path(folder)/'ledger.csv').exists(): return ''
     out = []
     for task, t in pd.read_csv(path).query("task != 'general_points'").groupby('task', sort=False):
-        lost = _effect(t := t.set_index('claim'), 'C1', 'OOD accuracy, peak minus')
-        of = {v: ', '.join(t.index[t.verdict == v]) for v in VERDICTS[::-1]}
-        said = [f'{claims} {v}' for v, claims in of.items() if claims]
-        if not t.verdict.isin(VERDICTS).all(): said.append('the others not testable')
-        out.append(f"{TASK_NAMES.get(task, task)}: SFT loses {lost} points after the OOD peak; {'; '.join(said)}.")
-    return '- **Other tasks.** ' + ' '.join(out) if out else ''
+        lost = _effect(path, t := t.set_index('claim'), 'C1', 'OOD accuracy, peak minus')
+        decided = {v: ', '.join(t.index[t.verdict == v]) for v in ('supported', 'refuted')}
+        said = '; '.join(f'{claims} {v}' for v, claims in decided.items() if claims)
+        out.append(f"{lost} on {TASK_NAMES.get(task, task).lower()} ({said or 'nothing decided'})")
+    if not out: return ''
+    return (
+        f"- **Other tasks.** From its peak to the end of SFT, OOD accuracy falls, in points, by {', '.join(out)}. "
+        'Where the fall is not sure, most claims cannot be tested.'
+    )
 
 # %% ../../nbs/6_running/14_readme.ipynb #ff8f32fa
 PARTS = {  # directory in `nbs/` -> summary of its chapters
