@@ -145,15 +145,15 @@ def local_share(items):
 # %% ../../nbs/0_core/03_distributed.ipynb #bea79304
 def local_passes(
     items: list,  # minibatch that all processes share
-    rows: int,  # items in one pass through the model
+    sizes: list[int],  # numbers of items that a process takes in one pass through the model after the other
 ):
     """Yield (items of one pass, number of them that count) for this process's share.
 
     Every process takes as many passes as the one with the largest share, since a sharded model needs all processes in
     each pass. A process that has no items left takes the first one of the minibatch, which counts 0."""
-    mine = local_share(items)
-    for at in range(0, len(items[::processes().num_processes]), rows):
-        some = mine[at:at + rows]
+    mine, at = local_share(items), 0
+    for size in sizes:
+        some, at = mine[at:at + size], at + size
         yield some or items[:1], len(some)
 
 # %% ../../nbs/0_core/03_distributed.ipynb #41fd623b

@@ -11,14 +11,14 @@ import math
 import numpy as np
 from ..core.randomness import hash64, seeded
 from ..core.distributed import (all_reduce_sum, clip_gradients, frozen_copy, gather_batch, gathered, is_sharded,
-                                      local_passes, local_range, local_share, processes, reduce_gradients,
-                                      reduce_stats, with_weights)
+                                      local_range, local_share, processes, reduce_gradients, reduce_stats,
+                                      with_weights)
 from ..tasks.protocol import Task
 from .checkpoints import weight_sums
 from .computing import check_finite, halving
 from .generation import Kept, encode, generate
 from .rollouts import Environments, vllm_engine
-from .logprobs import logprobs_and_values, nested_inputs, value_head
+from .logprobs import logprobs_and_values, minibatch_passes, nested_inputs, value_head
 from .ppo_state import load_state, save_state
 
 # %% ../../nbs/2_training/16_ppo.ipynb #881c5161
@@ -189,15 +189,14 @@ def add_gradients(
     batch: dict,  # from `add_advantages`
     minibatch: list[int],  # places in it
     c: dict,  # settings: temperature, and those of `ppo_loss`
-    rows: int,  # sequences in one pass: turns of one episode are one
+    rows: int,  # longest sequences in one pass, or more shorter ones: turns of one episode are one
 ) -> dict:
     "Backpropagate the loss of this process's share of a minibatch; the share's part of the statistics."
     stats, of = {}, lambda k, places: [batch[k][i] for i in places]
-    groups = nested_inputs(of('contexts', minibatch), of('answers', minibatch))[1]
-    for some, counts in local_passes(sorted(groups, key=min), rows):
-        places = [minibatch[k] for g in some for k in g]
+    for some, counts in minibatch_passes(of('contexts', minibatch), of('answers', minibatch), rows):
+        places = [minibatch[k] for k in some]
         share, read = counts and len(places) / len(minibatch), (of('contexts', places), of('answers', places))
-        now = logprobs_and_values(model, head, *read, c['temperature'], rows, c['entropy_coef'] > 0)
+        now = logprobs_and_values(model, head, *read, c['temperature'], len(places), c['entropy_coef'] > 0)
         old = [batch[k][places] for k in ('logprobs', 'normalised', 'returns', 'values')]
         loss, part = ppo_loss(*now, *old, c)
         (loss * share).backward()

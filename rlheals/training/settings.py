@@ -189,7 +189,7 @@ SETTINGS['rl'] = dict(
     epochs=Setting(2, 'passes over the responses of an update', at_least(1), paper=4),
     minibatch=Setting(64, 'responses per optimiser step', at_least(1), paper=128),
     # of like length, so that there is less padding
-    micro_batch=Setting(16, 'sequences at a time through the model (turns of an episode are one); gradients add up',
+    micro_batch=Setting(16, 'longest sequences in a pass, or more shorter ones (turns of an episode are one)',
                         at_least(1), paper=1),
 )
 

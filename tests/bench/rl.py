@@ -1,6 +1,7 @@
 """What makes RL fast here, beside the usual ways: python tests/bench/rl.py [threads] prints ratios measured in one run,
 and where the time of a PPO update goes."""
 import os, statistics, sys, time, warnings
+from unittest.mock import patch
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 warnings.filterwarnings('ignore')
 import torch
@@ -82,9 +83,19 @@ for style, what in (
         f'{theirs / least:.1f} times as fast as TRL'
     )
 
-task, taken = Run('tiny').task(), []  # with all its tries: prompts grow, and turns of an episode share their beginnings
-for _ in range(3): taken += updates(train_ppo, task, c['rl'] | dict(updates=4))
-print(f"an update of the default job, {c['rl']['envs'] * c['rl']['turns']} responses: {statistics.median(taken):.2f} s")
+def equal_passes(tokens, scored, rows): return [len(tokens[k:k + rows]) for k in range(0, len(tokens), rows)]
+
+
+# with all its tries: prompts grow, and turns of an episode share their beginnings
+task, settings, by_length, by_number = Run('tiny').task(), c['rl'] | dict(updates=4), [], []
+for _ in range(3):
+    by_length += updates(train_ppo, task, settings)
+    with patch('rlheals.training.logprobs.pass_sizes', equal_passes): by_number += updates(train_ppo, task, settings)
+by_length, by_number = statistics.median(by_length), statistics.median(by_number)
+print(
+    f"an update of the default job, {settings['envs'] * settings['turns']} responses: {by_length:.2f} s, with equal "
+    f'numbers of rows in each pass {by_number:.2f} s, {by_number / by_length:.2f} times as long'
+)
 
 task = load_task('general_points', style='brief', tries=1)
 ticks, took = [], torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
