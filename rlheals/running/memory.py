@@ -162,7 +162,9 @@ def _tokenizer(name):  # None if it is not on this machine
     except (OSError, ValueError): return None
 
 # %% ../../nbs/6_running/03_memory.ipynb #51f897fd
-LIBRARIES = .7 * 2**30  # memory of Python, torch, transformers and TRL: 0.65 on one processor, 0.77 on another
+# memory of Python, torch, transformers and TRL: 0.65 GiB, or 0.77 where more pages of their files are mapped at once,
+# as after they were installed
+LIBRARIES = .7 * 2**30
 LOGITS = 5  # number of arrays of logits, in float32, where they are not computed in blocks (see `LARGE`)
 KERNELS = .15 * 2**30  # times the log of the number of passes, on a CPU (fitted to PPO: `tests/bench/memory.py`)
 MEASURED = ('sft', 'rl', 'grpo', 'baselines', 'evaluate')  # stages whose memory is estimated
