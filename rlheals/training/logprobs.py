@@ -58,12 +58,13 @@ def pass_sizes(
 
     A pass takes more than `rows` rows if these have, with padding, no more tokens than `rows` of the longest, nor more
     logits than `rows` of those with most."""
+    most_tokens, most_logits = (rows * max(x, default=0) for x in (tokens, scored))
     cost, size = [0.], []  # of the best passes for the first rows; number of rows in the last of these passes
     for end, longest in enumerate(tokens, 1):
         logits, best = 0, (math.inf, 0)
         for n in range(1, end + 1):
             logits, padded = logits + scored[end - n], rounded(n) * longest
-            if n > rows and (padded > rows * tokens[-1] or logits > rows * max(scored)): break
+            if n > rows and (padded > most_tokens or logits > most_logits): break
             best = min(best, (cost[end - n] + padded + PASS, n))
         cost.append(best[0]); size.append(best[1])
     out, end = [], len(tokens)

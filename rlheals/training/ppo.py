@@ -177,11 +177,9 @@ def shuffled_minibatches(
     rng: np.random.Generator,
 ):
     "The minibatches of an epoch, lists of places in the batch."
-    read, groups = nested_inputs(batch['contexts'], batch['answers'])
-    by_length = [i for g in sorted(groups, key=lambda g: len(read[g[-1]])) for i in g]
-    rank = {i: r for r, i in enumerate(by_length)}
+    groups = nested_inputs(batch['contexts'], batch['answers'])[1]
     order = [i for g in rng.permutation(len(groups)) for i in groups[g]]
-    for lo in range(0, len(order), size): yield sorted(order[lo:lo + size], key=rank.__getitem__)
+    for lo in range(0, len(order), size): yield order[lo:lo + size]
 
 # %% ../../nbs/2_training/16_ppo.ipynb #0070d3cc
 def add_gradients(
