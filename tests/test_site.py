@@ -70,8 +70,8 @@ def test_the_menu_follows_the_parts(pages):
 
 
 def test_a_page_shows_code_and_no_directives(pages):
-    ppo = re.sub('<.*?>', '', pages['2_training/16_ppo.html'])
-    assert 'def gae(' in ppo and 'nbdev_export' not in ppo and '<math' in pages['2_training/16_ppo.html']
+    ppo = re.sub('<.*?>', '', pages['2_training/17_ppo.html'])
+    assert 'def gae(' in ppo and 'nbdev_export' not in ppo and '<math' in pages['2_training/17_ppo.html']
     code = re.compile(r'<pre><code>(?:<span></span>)?<span class="c1">#\|')
     assert [name for name, text in pages.items() if code.search(text)] == []
     assert 'Markdown(gallery(' not in re.sub('<.*?>', '', pages['gallery.html'])  # `#| echo: false`
@@ -79,10 +79,10 @@ def test_a_page_shows_code_and_no_directives(pages):
 
 
 def test_a_reference_has_what_the_comments_say(pages):
-    text = pages['reference/2_training/16_ppo.html']
+    text = pages['reference/2_training/17_ppo.html']
     assert 'id="rlheals.training.ppo.gae"' in text and 'turns by environments' in text
-    assert 'href="../../2_training/16_ppo.html"' in text
-    assert 'href="../reference/2_training/16_ppo.html"' in pages['2_training/16_ppo.html']
+    assert 'href="../../2_training/17_ppo.html"' in text
+    assert 'href="../reference/2_training/17_ppo.html"' in pages['2_training/17_ppo.html']
 
 
 def test_search_finds_words_of_a_chapter_and_of_the_reference(built):

@@ -90,7 +90,7 @@ def equal_passes(tokens, scored, rows): return [len(tokens[k:k + rows]) for k in
 task, settings, by_length, by_number = Run('tiny').task(), c['rl'] | dict(updates=4), [], []
 for _ in range(3):
     by_length += updates(train_ppo, task, settings)
-    with patch('rlheals.training.logprobs.pass_sizes', equal_passes): by_number += updates(train_ppo, task, settings)
+    with patch('rlheals.training.reading.pass_sizes', equal_passes): by_number += updates(train_ppo, task, settings)
 by_length, by_number = statistics.median(by_length), statistics.median(by_number)
 print(
     f"an update of the default job, {settings['envs'] * settings['turns']} responses: {by_length:.2f} s, with equal "

@@ -105,7 +105,7 @@ def test_memory_that_runs_out_halves_the_batch_and_nothing_else(tmp_path, stage,
 
 def test_a_short_batch_does_not_split_those_after_it(tmp_path):
     """Twelve examples in batches of eight: the last of each epoch has four rows, the next one eight again, at once.
-    (What all rows begin with is read once, as a row of its own.)"""
+    (What all rows begin with is read once, in a row of its own.)"""
     seen = []
     def loaded(*a, **kw):
         model, tok = load_model(*a, **kw)
@@ -116,7 +116,7 @@ def test_a_short_batch_does_not_split_those_after_it(tmp_path):
         model.model.forward = forward
         return model, tok
     with patch.object(sft, 'load_model', loaded): sft_stage(Run('smoke', ('sft.examples=12',), root=tmp_path))
-    assert seen == [1, 8, 1, 4, 1, 8, 1, 4]
+    assert seen == [1 + 8, 1 + 4, 1 + 8, 1 + 4]
 
 
 def test_too_little_memory_for_one_row_is_said(tmp_path):
