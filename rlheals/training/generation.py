@@ -76,19 +76,14 @@ def _growing_layer():
             new[:, :, :have], new[:, :, have:] = old, 0  # masked positions must still hold finite numbers
             return new
 
-        def join(self, layers, start):
-            "Take the rows of several layers: the first `start` positions as they are, the rest ending together."
-            self.written = max(layer.written for layer in layers)
-            self.dtype, self.device, self.is_initialized = layers[0].dtype, layers[0].device, True
+        def take(self, parts, size):
+            "Become rows of other layers; parts: (layer, their places among `size` rows here, rows and columns there)."
+            self.lazy_initialization(parts[0][0].keys, parts[0][0].values)
+            self.written = parts[0][-1].shape[1]
             for name in ('keys', 'values'):
-                old = [getattr(layer, name) for layer in layers]
-                rows, room = sum(map(len, old)), self._room(self.written)
-                new, row = old[0].new_zeros(rows, old[0].shape[1], room, old[0].shape[-1]), 0
-                for layer, part in zip(layers, old):
-                    mine, first = new[row:row + len(part)], start + self.written - layer.written
-                    mine[:, :, :start] = part[:, :, :start]
-                    mine[:, :, first:self.written] = part[:, :, start:layer.written]
-                    row += len(part)
+                new = (x := getattr(self, name)).new_zeros(size, x.shape[1], self._room(self.written), x.shape[3])
+                for old, places, rows, columns in parts:
+                    new[places, :, :self.written] = getattr(old, name)[rows[:, None], :, columns].transpose(1, 2)
                 setattr(self, name, new)
     return GrowingLayer
 
@@ -103,8 +98,7 @@ def cache_argument(
     model,
     cache,  # cache of keys and values, or None
 ) -> dict:
-    """The keyword argument with which the model's `forward` takes a cache: `cache` since transformers 5.24,
-    `past_key_values` before."""
+    "The cache as an argument of the model's `forward`, which transformers renamed in release 5.24."
     import inspect
     whole = model.get_base_model() if is_lora(model) else model
     return {'cache' if 'cache' in inspect.signature(type(whole).forward).parameters else 'past_key_values': cache}
@@ -116,16 +110,16 @@ class Kept:
     def __init__(self,
         most: float = 2**30,  # bytes; a batch that would take more is not kept
     ):
-        self.most, self.rows = most, {}  # name of a conversation -> (token ids, a layer of one row for each layer)
+        self.most, self.rows = most, {}  # name of a conversation -> (token ids, (layers, mask) of a batch, row in it)
 
-    def layers(self,
+    def known(self,
         name,  # name of the conversation
         context: list[int],  # its token ids now
-    ) -> list:
-        "What is known of a context: layers with the keys and values of its first tokens; empty if nothing."
-        tokens, layers = self.rows.get(name, ([], []))
+    ) -> tuple:
+        "(number of the first tokens that are known, batch in which they are, row in it); (0,) if none are."
+        tokens, *where = self.rows.get(name, ([],))
         n = len(os.path.commonprefix([tokens, context[:-1]]))  # what was sampled may be encoded otherwise when read
-        return [SimpleNamespace(**vars(x) | dict(written=n)) for x in layers] if n else []
+        return (n, *where) if n else (0,)
 
 # %% ../../nbs/2_training/04_generation.ipynb #fbbf6cac
 def _chances(seeds, first, tokens):  # (B, tokens): uniform numbers, by which no answer depends on its batch
@@ -138,11 +132,16 @@ def _chances(seeds, first, tokens):  # (B, tokens): uniform numbers, by which no
     return out
 
 # %% ../../nbs/2_training/04_generation.ipynb #17fb2983
-def _bytes(model, contexts, new):  # of the keys and values of contexts and answers
+def _bytes(model, contexts, new):  # of the keys and values of contexts and answers, with padding
     c = model.config.get_text_config()
-    size = getattr(c, 'head_dim', None) or c.hidden_size // c.num_attention_heads
     heads = getattr(c, 'num_key_value_heads', None) or c.num_attention_heads
-    return 2 * c.num_hidden_layers * heads * size * model.dtype.itemsize * sum(len(x) + new for x in contexts)
+    size = heads * (getattr(c, 'head_dim', None) or c.hidden_size // c.num_attention_heads)
+    tokens = len(contexts) * (max(map(len, contexts)) + new)
+    return 2 * c.num_hidden_layers * size * model.dtype.itemsize * tokens
+def _rows(cache, mask, some):  # (layers, mask) of some rows of a batch: all of it, or copies
+    if len(some) == len(mask): return cache.layers, mask
+    one = lambda x: SimpleNamespace(keys=x.keys[some], values=x.values[some], is_initialized=True)
+    return [one(x) if x.is_initialized else x for x in cache.layers], mask[some]
 
 # %% ../../nbs/2_training/04_generation.ipynb #f770e695
 def generate(
@@ -156,6 +155,7 @@ def generate(
     first: int = 0,  # number of contexts before these that other processes answer: random numbers depend on it
     kept: Kept | None = None,  # what to go on from, and where to keep what is needed for the next turn
     names=None,  # names of the conversations, by which `kept` knows them
+    ends=None,  # for each of them, whether this is its last turn, of which nothing is kept (default: of none)
     # gets, for the place of each context, its answer's log-probability (if sampled) and its last hidden state (h,)
     seen: dict | None = None,
 ) -> list[list[int]]:
@@ -163,17 +163,16 @@ def generate(
     import torch
     answers, noted, was_training = {}, {}, model.training
     model.eval()
-    seeds = seed if isinstance(seed, list) else [seed] * len(contexts)
-    chance = _chances(seeds, first, max_new_tokens)
+    chance = _chances(seed if isinstance(seed, list) else [seed] * len(contexts), first, max_new_tokens)
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))  # similar lengths together: less padding
-    known, new = [kept.layers(name, c) if kept else [] for name, c in zip(names or contexts, contexts)], {}
+    known, new = [kept.known(name, c) if kept else (0,) for name, c in zip(names or contexts, contexts)], {}
     if kept: kept.rows = {}  # what does not go on is not needed any more
     def part(rows):
         these = [contexts[i] for i in rows]
         keep = kept and attends_to_all(model) and _bytes(model, these, max_new_tokens) <= kept.most
-        keep_row = (lambda k, tokens, layers: new.update({names[rows[k]]: (tokens, layers)})) if keep else None
         given = these, max_new_tokens, temperature, chance[rows].to(model.device)
-        said, logprobs, hidden = _generate(model, tokenizer, *given, [known[i] for i in rows], keep_row)
+        called = [names[i] if keep and not (ends and ends[i]) else None for i in rows]
+        said, logprobs, hidden = _generate(model, tokenizer, *given, [known[i] for i in rows], called, new)
         noted.update(zip(rows, zip(logprobs.tolist(), hidden)))
         return dict(zip(rows, said))
 
@@ -183,14 +182,6 @@ def generate(
     if seen is not None: seen.update((i, (p, h.clone())) for i, (p, h) in noted.items())  # outside inference mode
     model.train(was_training)
     return [answers[i] for i in range(len(contexts))]
-
-# %% ../../nbs/2_training/04_generation.ipynb #bde85041
-def _row(cache, mask, row, tokens):  # keys and values of the first tokens of a row of a batch
-    columns = mask[row].nonzero()[:tokens, 0]
-    cut = lambda x: x[row:row + 1].index_select(2, columns)
-    one = lambda x: SimpleNamespace(keys=cut(x.keys), values=cut(x.values), written=len(columns), dtype=x.dtype,
-                                    device=x.device, is_initialized=True)
-    return [one(x) if x.is_initialized else SimpleNamespace(is_initialized=False) for x in cache.layers]
 
 # %% ../../nbs/2_training/04_generation.ipynb #c807673d
 def _next_logits(model, ids, mask, position, cache):  # logits (B, V) of the token after `ids`
@@ -205,17 +196,25 @@ def _like_lengths(lengths):  # places in ascending lengths at which groups end t
         if lengths[i] > 1.3 * lengths[first] + 4 or i - first == 256: ends.append(i); first = i
     return [*ends, len(lengths)]
 
-# %% ../../nbs/2_training/04_generation.ipynb #03c4211e
-# (cache, mask) of several groups of rows, each given as its layers and mask: padding comes after the first n tokens
-def _joined(model, groups, n):
+# %% ../../nbs/2_training/04_generation.ipynb #b227e1dc
+# (cache, mask) of the beginnings of texts that are in several batches, given as `Kept.known` does; what each has after
+# the first n tokens, which are the same in all, ends together
+def _joined(model, known, n):
     import torch
-    layers, masks = zip(*groups)
-    whole, longest = _cache(model), max(m.shape[1] for m in masks)
-    whole.layers = [_growing_layer()() for _ in layers[0]]
-    for layer, *parts in zip(whole.layers, *layers):
-        if parts[0].is_initialized: layer.join(parts, n)
-    pad = lambda m: torch.cat([m[:, :n], m.new_zeros(len(m), longest - m.shape[1]), m[:, n:]], 1)
-    return whole, torch.cat([*map(pad, masks)])
+    tokens = torch.tensor([k[0] for k in known], device=model.device)
+    column = torch.arange(longest := int(tokens.max()), device=model.device)
+    number = torch.where(column < n, column, column - (longest - tokens)[:, None])  # of the token in each column
+    parts = []
+    for layers, mask in {id(batch): batch for _, batch, _ in known}.values():
+        places = [i for i, k in enumerate(known) if k[1][0] is layers]
+        rows = torch.tensor([known[i][2] for i in places], device=model.device)
+        in_order = (1 - mask[rows]).argsort(stable=True)  # columns of tokens, then of padding
+        parts.append((layers, places, rows, in_order.gather(1, number[places].clamp(min=0))))
+    whole = _cache(model)
+    whole.layers = [_growing_layer()() for _ in parts[0][0]]
+    for i, layer in enumerate(whole.layers):
+        if parts[0][0][i].is_initialized: layer.take([(layers[i], *more) for layers, *more in parts], len(known))
+    return whole, ((column < n) | (number >= n)).long()
 
 # %% ../../nbs/2_training/04_generation.ipynb #bad650f9
 def _read(model, tokenizer, texts, cache, mask):  # a part of `_prefill`: more text, after what is in the cache
@@ -236,44 +235,47 @@ def _read(model, tokenizer, texts, cache, mask):  # a part of `_prefill`: more t
 def _prefill(model, tokenizer, contexts, known):
     import torch
     n = shared_start(model, contexts)
-    known = [row if row and row[0].written > n else [] for row in known]
-    rest = [c[row[0].written if row else n:] for c, row in zip(contexts, known)]
+    known = [k if k[0] > n else (0,) for k in known]
+    rest = [c[max(k[0], n):] for c, k in zip(contexts, known)]
     begin, parts, order = _cache(model), [], []
-    ones = lambda count, tokens: torch.ones(count, tokens, dtype=torch.long, device=model.device)
     if n:
         ids = torch.tensor([contexts[0][:n]], device=model.device)
         with skip_before(model, n):
             model(input_ids=ids, **cache_argument(model, begin), use_cache=True, logits_to_keep=1)
     for going_on in (False, True):
-        rows = sorted((i for i, row in enumerate(known) if bool(row) == going_on), key=lambda i: len(rest[i]))
+        rows = sorted((i for i, k in enumerate(known) if bool(k[0]) == going_on), key=lambda i: len(rest[i]))
         ends = _like_lengths([len(rest[i]) for i in rows]) if attends_to_all(model) else [len(rows)]
         for some in [rows[lo:hi] for lo, hi in zip([0, *ends], ends) if hi]:
-            if going_on: cache, mask = _joined(model, [(known[i], ones(1, known[i][0].written)) for i in some], n)
+            if going_on: cache, mask = _joined(model, [known[i] for i in some], n)
             else:
-                cache, mask = deepcopy(begin), ones(len(some), n)
+                cache, mask = deepcopy(begin), torch.ones(len(some), n, dtype=torch.long, device=model.device)
                 if n: cache.batch_repeat_interleave(len(some))
             parts.append(_read(model, tokenizer, [rest[i] for i in some], cache, mask))
             order += some
     if len(parts) == 1: return parts[0], order
     logits, hidden, caches, masks, positions = zip(*parts)
-    cache, mask = _joined(model, [(c.layers, m) for c, m in zip(caches, masks)], n)
+    batches = [(c.layers, m) for c, m in zip(caches, masks)]
+    texts = [(length, batch, row) for batch in batches for row, length in enumerate(batch[1].sum(1).tolist())]
+    cache, mask = _joined(model, texts, n)
     return (torch.cat(logits), torch.cat(hidden), cache, mask, torch.cat(positions)), order
 
 # %% ../../nbs/2_training/04_generation.ipynb #149b50bb
-# (answers of the B contexts, their log-probabilities (B,), last hidden states (B, h) of the contexts)
-def _generate(model, tokenizer, contexts, max_new_tokens, temperature, chance, known, keep_row):
+# (answers of the B contexts, their log-probabilities (B,), last hidden states (B, h) of the contexts); `new` gets what
+# `Kept` is to have of those that have a name
+def _generate(model, tokenizer, contexts, max_new_tokens, temperature, chance, known, names, new):
     import torch
     eos, answers = tokenizer.eos_token_id, [[] for _ in contexts]
     # rows: the answer that each row of the batch writes
     (logits, hidden, cache, mask, position), rows = _prefill(model, tokenizer, contexts, known)
     hidden, logprobs = hidden[torch.tensor(rows).argsort()], torch.zeros(len(rows), device=model.device)
     ended = mask.new_zeros(len(contexts), dtype=torch.bool)
-    def keep_rows(some):  # that leave the batch
-        if not keep_row: return
-        for row in some:
+    def keep_rows(leaving):
+        some = [row for row in leaving if names[rows[row]] is not None]
+        batch = _rows(cache, mask, some) if some else None
+        for k, row in enumerate(some):
             said = answers[rows[row]]
             text = contexts[rows[row]] + said[:said.index(eos) if eos in said else len(said) - 1]
-            keep_row(rows[row], text, _row(cache, mask, row, len(text)))
+            new[names[rows[row]]] = text, batch, k
     for step in range(max_new_tokens):
         if temperature > 0:  # first token at which the cumulative probability passes a uniform number
             chances = (logits / temperature).softmax(-1)

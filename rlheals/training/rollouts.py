@@ -32,7 +32,7 @@ def answer_all(
         if engine
         else generate(
             model, tokenizer, contexts, max_new_tokens, temperature, seed, first=first, kept=kept,
-            names=[e.serial for e in episodes], seen=seen,
+            names=[e.serial for e in episodes], ends=[e.tried + 1 == task.tries for e in episodes], seen=seen,
         )
     )
     for e, text in zip(episodes, tokenizer.batch_decode(answers, skip_special_tokens=True)): e.answer(task, text)
