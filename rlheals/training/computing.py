@@ -99,10 +99,11 @@ def _grouped_attention(module, query, key, value, attention_mask, scaling, dropo
 def share_keys(
     model,  # loaded with `eager` attention; changed in place
 ):
-    """Let heads, and the rows of a batch, share keys and values in a Llama, Mistral or Qwen2 model on the CPU.
+    """Let heads share keys and values, and the rows of a batch those of a common start, in a Llama, Mistral or Qwen2
+    model on the CPU.
 
-    The model then takes `shared`: the first rows hold so many tokens, after which all rows are read. The mask
-    (B, 1, L, shared + L) and the positions (B, L) must say so."""
+    Its `forward` then takes `shared`, the length of a start that the first rows hold and the others go on from. The
+    mask (B, 1, L, shared + L) and the positions (B, L) say how much of it comes before each row."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
     # other kinds do more than these products (caps, sinks)
