@@ -79,9 +79,10 @@ for style, what in (
         train_ppo(fresh()[0], tok, task, ppo, 40, progress=lambda *_: ends.append(len(layers.seen)))
     least = statistics.median(products_alone(layers.seen[ends[-2]:ends[-1]]) for _ in range(5))
     print(
-        f'  roofline: the matrix products of such an update alone take {least:.2f} s; with nothing else, PPO would be '
+        f"  roofline: the linear layers' matrix products alone take {least:.2f} s; with nothing else, PPO would be "
         f'{theirs / least:.1f} times as fast as TRL'
     )
+
 
 def equal_passes(tokens, scored, rows): return [len(tokens[k:k + rows]) for k in range(0, len(tokens), rows)]
 
