@@ -142,7 +142,8 @@ def read_once(
     config: dict,  # settings of a run
     n: Lengths,
 ) -> int:
-    "Tokens that all prompts begin with and that training reads once: none if activations are computed twice."
+    """Tokens that all prompts begin with and that training reads once. None are counted if activations are computed
+    twice, because a GPU then reads them in every row."""
     return 0 if config['scale']['gradient_checkpointing'] else n.shared
 
 # %% ../../nbs/6_running/03_memory.ipynb #59ba8aa1
