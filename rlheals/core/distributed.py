@@ -23,7 +23,7 @@ def processes(
 def is_sharded(model) -> bool:
     "Whether each of several processes holds only a shard of the weights."
     from torch.distributed.fsdp import FSDPModule
-    return isinstance(model, FSDPModule) or hasattr(next(model.parameters(), None), 'ds_id')  # DeepSpeed's, of all
+    return isinstance(model, FSDPModule) or hasattr(next(model.parameters(), None), 'ds_id')  # DeepSpeed gives all one
 
 # %% ../../nbs/0_core/03_distributed.ipynb #eb8d622d
 def local_shard(p):

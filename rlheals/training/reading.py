@@ -86,30 +86,33 @@ def _padded(model, rows, L, n):
     ids = torch.tensor([x + [0] * (L - len(x)) for x in rows], device=model.device)
     return torch.nn.functional.pad(ids, (0, 0, 0, rounded(n) - n))
 
+# %% ../../nbs/2_training/13_reading.ipynb #4b361ac3
+# positions, and a mask by which a row of L tokens sees itself and those tokens of the start that come before it
+def _what_rows_see(before, L, shared):
+    import torch
+    before, later = torch.tensor(before), torch.ones(L, L, dtype=torch.bool).triu(1)
+    unseen = [(torch.arange(shared) >= before[:, None, None]).expand(-1, L, -1), later.expand(len(before), -1, -1)]
+    mask = torch.zeros(len(before), L, shared + L).masked_fill(torch.cat(unseen, 2), torch.finfo(torch.float32).min)
+    return dict(position_ids=before[:, None] + torch.arange(L), attention_mask=mask[:, None], shared=shared)
+
 # %% ../../nbs/2_training/13_reading.ipynb #f8784fef
 # what the trunk is given (see `share_keys`); the row of each sequence, and the number of its tokens before that row
 def _in_one_pass(model, sequences, shared):
-    import torch
-    start, lengths = sequences[0][:shared], [*map(len, sequences)]
+    lengths = [*map(len, sequences)]
     L, shortest = _width(max(lengths) - shared), lengths.index(min(lengths))
-    before = [*range(0, shared, L)]  # tokens before the first of each row
-    rows, row = [start[k:k + L] for k in before], {}
-    if shared:
-        fits = lengths[shortest] - before[-1] <= L
-        # rows that have more tokens than they spare
-        if (len(rows) - fits) * L >= shared * len(sequences): return _in_one_pass(model, sequences, 0)
-        if fits: row[shortest], rows[-1] = len(rows) - 1, sequences[shortest][before[-1]:]
+    before, row = [*range(0, shared, L)], []  # before: tokens before the first of each row
+    rows, last = [sequences[0][k:min(k + L, shared)] for k in before], len(before) - 1
+    fits = shared and lengths[shortest] - before[last] <= L
+    if shared and (len(rows) - fits) * L >= shared * len(sequences):  # more tokens than are spared
+        return _in_one_pass(model, sequences, 0)
+    if fits: rows[last] = sequences[shortest][before[last]:]
     for i, x in enumerate(sequences):
-        if i not in row: row[i] = len(rows); rows.append(x[shared:]); before.append(shared)
-    ids, places = _padded(model, rows, L, len(sequences)), [row[i] for i in range(len(sequences))]
-    out = places, [before[r] for r in places]
-    if not shared: return dict(input_ids=ids, use_cache=False), *out
-    before = torch.tensor(before + [shared] * (len(ids) - len(rows)))
-    later = torch.ones(L, L, dtype=torch.bool).triu(1)
-    unseen = [(torch.arange(shared) >= before[:, None, None]).expand(-1, L, -1), later.expand(len(ids), -1, -1)]
-    mask = torch.zeros(len(ids), L, shared + L).masked_fill(torch.cat(unseen, 2), torch.finfo(torch.float32).min)
-    return dict(input_ids=ids, position_ids=before[:, None] + torch.arange(L), attention_mask=mask[:, None],
-                shared=shared, use_cache=False), *out
+        if fits and i == shortest: row.append(last)
+        else: row.append(len(rows)); rows.append(x[shared:]); before.append(shared)
+    ids = _padded(model, rows, L, len(sequences))
+    given = dict(input_ids=ids, use_cache=False)
+    if shared: given |= _what_rows_see(before + [shared] * (len(ids) - len(rows)), L, shared)
+    return given, row, [before[r] for r in row]
 
 # %% ../../nbs/2_training/13_reading.ipynb #cc665881
 # what the trunk is given: the start goes through the model before, and rows find its keys and values in a cache
